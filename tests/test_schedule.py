@@ -1,0 +1,88 @@
+"""Schedules against values computed by hand, at the first step, the end of warm-up, the middle and the last step."""
+import math
+
+import pytest
+
+from schedule import SCHEDULES, Plateau, make_schedule, rule_of_thumb
+
+# 101 steps after 20% warm-up: warm-up is steps 0..20 (21 of 105), progress = (step - 21) / 83
+HAND = {  # name: {step: factor}, max_steps 105, warmup_ratio 0.2, min_lr_ratio 0.1
+    "constant": {0: 1 / 21, 20: 1, 21: 1, 62: 1, 104: 1},
+    "linear": {0: 1 / 21, 20: 1, 21: 1, 104: 0.1, 63: 1 - 0.9 * 42 / 83},
+    "cosine": {0: 1 / 21, 9: 10 / 21, 20: 1, 21: 1, 104: 0.1, 63: 0.1 + 0.45 * (1 + math.cos(math.pi * 42 / 83))},
+    "restarts": {0: 1 / 21, 21: 1, 104: 0.1, 48: 0.1 + 0.45 * (1 + math.cos(math.pi * (27 * 3 / 83)))},
+    "wsd": {0: 1 / 21, 21: 1, 60: 1, 87: 1, 104: 0.1, 100: 1 - 0.9 * (79 / 83 - 0.8) / 0.2},
+    "triangular": {0: 1 / 21, 21: 1, 104: 0.1},
+    "stages": {0: 1 / 21, 21: 1, 70: 1, 71: 0.46, 91: 0.46, 92: 0.15, 104: 0.15},
+    "exponential": {0: 1e-4, 52: 1e-2, 104: 1},
+    "plateau": {0: 1 / 21, 20: 1, 21: 1, 104: 1},
+}
+
+
+def test_every_schedule_has_hand_computed_values():
+    assert set(HAND) == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_hand_computed_values(name):
+    f = make_schedule(name, 105, 0.2, 0.1)
+    for step, factor in HAND[name].items():
+        assert f(step) == pytest.approx(factor, abs=1e-12), step
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("max_steps", [1, 2, 7, 200])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 1.0])
+def test_factors_stay_in_range_and_the_first_is_not_zero(name, max_steps, warmup):
+    f = make_schedule(name, max_steps, warmup, 0.1)
+    factors = [f(t) for t in range(max_steps)]
+    assert all(0 < x <= 1 + 1e-12 for x in factors)
+    if name != "exponential":
+        w = round(warmup * max_steps)
+        assert factors[:w] == pytest.approx([(t + 1) / w for t in range(w)])
+        assert factors[max(0, w - 1)] == pytest.approx(1)
+    if name in ("linear", "cosine", "restarts", "wsd", "triangular") and max_steps > 2 and warmup < 1:
+        assert factors[-1] == pytest.approx(0.1)  # it anneals to its end, not to a quarter of the way
+
+
+def test_cycles():
+    restarts, triangular = (make_schedule(n, 301, 0.0, 0.0) for n in ("restarts", "triangular"))
+    jumps = [t for t in range(300) if restarts(t + 1) > restarts(t)]
+    assert jumps == [99, 199]
+    turns = [t for t in range(1, 300) if (triangular(t + 1) - triangular(t)) * (triangular(t) - triangular(t - 1)) < 0]
+    assert turns == [60, 120, 180, 240]
+
+
+def test_plateau_halves_after_five_evaluations_without_one_percent():
+    p = Plateau(warmup_steps=0, floor=0.2)
+    p.observe(2.0)
+    for loss in (1.99, 1.985, 2.5, 1.981):  # none is 1% below 2.0
+        p.observe(loss)
+        assert p(10) == 1
+    p.observe(1.9805)
+    assert p(10) == 0.5
+    p.observe(1.97)  # 1.5% below 2.0: the wait starts again
+    for _ in range(4):
+        p.observe(1.97)
+    assert p(10) == 0.5
+    p.observe(1.97)
+    assert p(10) == 0.25
+    for _ in range(10):
+        p.observe(1.97)
+    assert p(10) == 0.2  # the floor
+    other = Plateau(0, 0.2)
+    other.state = dict(p.state)
+    assert other(10) == 0.2
+    assert Plateau(4, 0.2)(0) == 0.25
+
+
+@pytest.mark.parametrize("bad", [("sine", 10, 0.1, 0.1), ("cosine", 0, 0.1, 0.1), ("cosine", 10, 1.5, 0.1),
+                                 ("cosine", 10, 0.1, -0.1), ("cosine", 10, math.nan, 0.1)])
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(ValueError):
+        make_schedule(*bad)
+
+
+def test_rule_of_thumb():
+    assert rule_of_thumb(79e6) == pytest.approx(0.065)
+    assert rule_of_thumb(79e6 / 4) == pytest.approx(0.0325)
