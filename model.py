@@ -294,17 +294,12 @@ class Transformer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Counting
 
-def is_hidden_matrix(name, p):
-    """Muon's share: matrices, or stacks of them, between hidden states. Embedding, head and norms are AdamW's."""
-    return p.ndim >= 2 and name not in ("embed", "head")
-
-
 def count_parameters(model):
     """total, used by one token (top_k of n_experts experts), and the shares of Muon and AdamW under --optimizer muon."""
     sizes = {name: p.numel() for name, p in model.named_parameters()}  # a tied head appears once
     c = model.config
     idle = sum(n for name, n in sizes.items() if c.n_experts and name.endswith(("feed_forward.up", "feed_forward.down")))
-    muon = sum(p.numel() for name, p in model.named_parameters() if is_hidden_matrix(name, p))
+    muon = sum(p.numel() for name, p in model.named_parameters() if p.ndim >= 2 and name not in ("embed", "head"))
     total = sum(sizes.values())
     used = total - (idle * (c.n_experts - c.top_k) // c.n_experts if c.n_experts else 0)
     return {"total": total, "used per token": used, "Muon": muon, "AdamW": total - muon}

@@ -1,0 +1,226 @@
+"""Whole runs on a small text: what they write, that they repeat to the bit, resume, stop, refuse bad input, share work."""
+import csv
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import train
+from model import ModelConfig, Transformer
+from optim import build_optimizer
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--data", "text.txt", "--vocab-size", "300", "--d-model", "16", "--n-layers", "2", "--n-heads", "2", "--d-ff", "24",
+         "--context-length", "16", "--batch-size", "8", "--max-steps", "20", "--eval-interval", "5", "--log-interval", "1",
+         "--eval-tokens", "400", "--checkpoint-interval", "5", "--device", "cpu", "--no-progress", "--no-plot", "--sample", "0"]
+TIMES = ("elapsed", "tokens_per_sec")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """All runs of this file share one folder with a text of 400 small documents, and so its token files."""
+    path, before = tmp_path_factory.mktemp("train"), os.getcwd()
+    rng = random.Random(0)
+    words = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 6))) for _ in range(200)]
+    docs = [" ".join(rng.choices(words, weights=range(200, 0, -1), k=40)) for _ in range(400)]
+    (path / "text.txt").write_text("\n\n".join(docs))
+    os.chdir(path)
+    yield path
+    os.chdir(before)
+
+
+def run(out, *flags):
+    code = train.main([*SMALL, "--out", out, *flags])
+    return code, json.loads(Path(out, "summary.json").read_text()), rows(out)
+
+
+def rows(out):
+    with open(Path(out, "metrics.csv"), newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def test_a_run_writes_its_folder():
+    code, summary, metrics = run("full", "--lr", "0.01", "--no-plot")
+    assert code == 0 and summary["status"] in ("converged", "slow") and summary["steps"] == 20
+    config = json.loads(Path("full/config.json").read_text())
+    assert config["args"]["lr"] == 0.01 and config["data"]["corpus"] and config["versions"]["torch"] == torch.__version__
+    train_rows, evals = [r for r in metrics if r["train_loss"]], [r for r in metrics if r["val_loss"]]
+    assert [int(r["step"]) for r in train_rows] == list(range(1, 21))
+    assert [int(r["step"]) for r in evals] == [5, 10, 15, 20]
+    assert [int(r["tokens"]) for r in train_rows] == [128 * t for t in range(1, 21)]
+    # the schedule is that of optimizer steps: two of warm-up, not from zero, and all the way down to 10% (trap 2 and 3)
+    lrs = [float(r["lr"]) for r in train_rows]
+    assert lrs[:3] == pytest.approx([0.005, 0.01, 0.01]) and lrs[-1] == pytest.approx(0.001)
+    first, last = float(evals[0]["val_loss"]), float(evals[-1]["val_loss"])
+    assert float(train_rows[0]["train_loss"]) == pytest.approx(math.log(300), abs=0.1) and last < first < math.log(300)
+    assert summary["final_val_loss"] == last and summary["best_val_loss"] == min(float(r["val_loss"]) for r in evals)
+    meta = config["data"]
+    assert float(evals[-1]["val_bpb"]) == pytest.approx(last / math.log(2) * meta["val_tokens"] / meta["val_bytes"])
+    assert float(evals[-1]["val_perplexity"]) == pytest.approx(math.exp(last))
+    assert "step 20/20 | loss" in Path("full/training.log").read_text()
+
+    # the evaluation, again and plainly, from the checkpoint
+    saved = torch.load("full/checkpoints/last.pt", weights_only=True)
+    model = Transformer(ModelConfig(**saved["config"]), train.pick_dtype("auto", torch.device("cpu")))
+    model.load_state_dict(saved["model"])
+    corpus = data.load("text.txt", 300)
+    x, y = data.val_windows(corpus.val, 16, 400)
+    logits = model(x)[0].float()
+    assert F.cross_entropy(logits.flatten(0, 1), y.flatten()).item() == pytest.approx(last, abs=2e-3)
+    assert (logits.argmax(-1) == y).float().mean().item() == pytest.approx(float(evals[-1]["val_accuracy"]), abs=0.02)
+
+
+def test_the_same_seed_repeats_to_the_bit_and_another_does_not():
+    one, two, three = (run(f"same{i}", "--seed", s, "--dropout", "0.1")[2] for i, s in enumerate("001"))
+    assert one == two and one != three
+
+
+@pytest.mark.parametrize("flags", [[], ["--optimizer", "muon", "--lr", "0.02"], ["--schedule", "plateau", "--dropout", "0.1"],
+                                   ["--n-experts", "4", "--log-interval", "3"]])
+def test_a_run_that_is_killed_resumes_to_the_bit(flags, monkeypatch):
+    name = "killed" + "".join(flags).replace("--", "-")
+    whole = run(name + "-whole", *flags)[2]
+    get_batch, calls = data.get_batch, []
+
+    def die(*args):
+        calls.append(args)
+        if len(calls) == 13:  # three steps after the checkpoint at 10
+            raise MemoryError("killed")
+        return get_batch(*args)
+    monkeypatch.setattr(data, "get_batch", die)
+    with pytest.raises(MemoryError):
+        run(name, *flags)
+    assert json.loads(Path(name, "summary.json").read_text())["status"] == "running" and 12 <= len(rows(name)) + 8
+    code, summary, resumed = run(name, *flags, "--resume")
+    assert code == 0 and summary["steps"] == 20 and resumed == whole
+    assert len(calls) == 13 + 10
+    run(name, *flags, "--resume")  # finished: returns at once
+    assert len(calls) == 13 + 10
+
+
+def test_ctrl_c_saves_and_resume_goes_on():
+    whole = run("whole", "--max-steps", "300", "--eval-interval", "100")[2]
+    flags = [*SMALL, "--max-steps", "300", "--eval-interval", "100", "--checkpoint-interval", "1000", "--out", "stopped"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE, text=True)
+    while not (Path("stopped/metrics.csv").exists() and len(Path("stopped/metrics.csv").read_text().splitlines()) > 20):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and "--resume" in process.stdout.read()
+    summary = json.loads(Path("stopped/summary.json").read_text())
+    assert summary["status"] == "interrupted" and 10 < summary["steps"] < 300
+    assert train.main([*flags, "--resume"]) == 0
+    assert rows("stopped") == whole
+
+
+def test_divergence_ends_a_run_early_and_counts_as_a_result():
+    code, summary, metrics = run("diverged", "--lr", "30", "--max-steps", "200", "--grad-clip", "0", "--eval-interval", "50")
+    assert code == 0 and summary["status"] == "diverged" and summary["diverged_at"] < 200
+    assert int(metrics[-1]["step"]) == summary["diverged_at"] and metrics[-1]["val_loss"]
+
+
+def test_accumulation_gives_the_same_gradients():
+    config = ModelConfig(vocab_size=50, context_length=16, n_layers=2, n_heads=2, d_model=16, d_ff=24)
+    args, _ = train.parse_args(["--grad-clip", "0"])
+    torch.manual_seed(1)
+    x = torch.randint(50, (8, 17))
+    after = []
+    for pieces in (1, 4):
+        torch.manual_seed(0)
+        model = Transformer(config, torch.float64).double()
+        optimizers = build_optimizer(model, "adamw", 0.1)
+        grads = []
+        optimizers[0].step = lambda: grads.extend(p.grad.clone() for p in model.parameters())
+        shape = (pieces, 8 // pieces, 16)
+        figures = train.make_step(model.losses, optimizers, list(model.parameters()), args)(
+            x[:, :-1].reshape(shape), x[:, 1:].reshape(shape))
+        after.append([figures, *grads])
+    for a, b in zip(*after):
+        torch.testing.assert_close(a, b)
+    assert after[0][1].abs().max() > 0
+
+
+def test_router_columns():
+    _, _, metrics = run("moe", "--n-experts", "4", "--optimizer", "muon")
+    last = [r for r in metrics if r["train_loss"]][-1]
+    for layer in range(2):
+        shares = [float(last[f"share_L{layer}_E{e}"]) for e in range(4)]
+        assert sum(shares) == pytest.approx(1, abs=1e-5) and min(shares) >= 0
+        assert 0 < float(last[f"router_entropy_L{layer}"]) <= math.log(4) + 1e-4
+        assert 0.9 < float(last[f"balance_loss_L{layer}"]) < 4
+
+
+def test_two_processes_give_the_loss_of_one():
+    flags = ["--dtype", "float32", "--optimizer", "muon", "--lr", "0.02"]
+    alone = run("alone", *flags)[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py"]
+    subprocess.run([*command, *SMALL, "--out", "pair", *flags], check=True, capture_output=True,
+                   env=dict(os.environ, OMP_NUM_THREADS="1"))
+    for a, b in zip(alone, rows("pair"), strict=True):
+        for key in a:
+            assert (a[key] == b[key] == "") or float(a[key]) == pytest.approx(float(b[key]), rel=1e-3), (key, a["step"])
+    assert train.main([*SMALL, "--out", "pair", *flags, "--resume"]) == 0  # its checkpoint is one process's, too
+
+
+def test_existing_runs_are_not_overwritten(capsys):
+    run("kept")
+    with pytest.raises(SystemExit) as e:
+        run("kept")
+    assert e.value.code == 2 and "already holds a run" in capsys.readouterr().err
+    Path("kept/summary.json").write_text('{"status": "interrupted"}')
+    with pytest.raises(SystemExit) as e:
+        run("kept", "--lr", "0.5", "--resume")
+    assert e.value.code == 2 and "--lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--preset", "huge"], "huge"), (["--data", "nowhere"], "nowhere"), (["--schedule", "sine"], "sine"),
+    (["--device", "mps"], "use --device cpu"), (["--device", "cuda"], "use --device cpu"), (["--device", "tpu9"], "tpu9"),
+    (["--lr", "0"], "lr"), (["--lr", "-1"], "lr"), (["--lr", "nan"], "lr"), (["--lr", "inf"], "lr"), (["--lr", "fast"], "fast"),
+    (["--n-heads", "3"], "n_heads"), (["--n-experts", "2", "--top-k", "3"], "top_k"), (["--context-length", "100000"], "context"),
+    (["--data", "empty.txt"], "empty"), (["--data", "binary.bin"], "binary"), (["--out", "text.txt/run"], "text.txt"),
+    (["--batch-size", "6", "--grad-accum", "4"], "grad-accum"), (["--max-steps", "0"], "max-steps"),
+    (["--warmup-ratio", "2"], "warmup"), (["--vocab-size", "100"], "257"), (["--vocab-size", "70000"], "65,536"),
+    (["--colour", "red"], "colour")])
+def test_bad_input_is_one_line_and_status_2(flags, word, capsys):
+    if "cuda" in flags and torch.cuda.is_available() or "mps" in flags and torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    Path("empty.txt").write_text("")
+    Path("binary.bin").write_bytes(bytes(range(256)) * 20)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        train.main([*SMALL, "--out", "bad", *flags])
+    err = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 2 and word in err[-1], err
+    assert [line for line in err if "train.py:" in line or "Traceback" in line] == err[-1:], err
+
+
+def test_dtype_and_compile_are_chosen_by_the_hardware(monkeypatch):
+    cpu, mps = torch.device("cpu"), torch.device("mps")
+    config = ModelConfig()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert train.pick_dtype("auto", cpu) == torch.bfloat16
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert train.pick_dtype("auto", cpu) == torch.float32 == train.pick_dtype("auto", mps)
+    assert train.pick_dtype("bfloat16", cpu) == torch.bfloat16
+    assert train.pick_compile(None, cpu, config, 10**6, 10**6) is None  # seconds of work
+    assert train.pick_compile(None, cpu, config, 10**8, 10**9) == "inductor"  # days
+    assert train.pick_compile(None, torch.device("cuda"), config, 1, 1) == "inductor"
+    assert train.pick_compile(True, mps, config, 1, 1) == "aot_eager" and train.pick_compile(None, mps, config, 1, 1) is None
+    assert train.pick_compile(False, torch.device("cuda"), config, 1, 1) is None
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train.pick_device("auto") == mps
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert train.pick_device("auto").type == "cuda"
