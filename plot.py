@@ -279,11 +279,11 @@ def draw_run(dir):
             columns = [c for c in train if c.startswith(f"share_L{layer}_E")]
             share = np.stack([train[c] for c in columns])   # (experts, log steps)
             image = ax.pcolormesh(train["step"], np.arange(len(columns)), share, shading="nearest", cmap="viridis",
-                                  vmin=0, vmax=max(2 / len(columns), np.nanmax(share)))
+                                  vmin=0, vmax=4 / len(columns))  # one scale for all layers and runs
             ax.set_ylabel(f"layer {layer}\nexpert")
             ax.grid(False)
-            fig.colorbar(image, ax=ax, label="share")
-        axes[0, 0].set_title(f"share of the tokens that each expert gets (even: {1 / len(columns):.3f})")
+        fig.colorbar(image, ax=axes, label=f"share (even: {1 / len(columns):.3g})", extend="max")
+        axes[0, 0].set_title("share of the assignments that each expert gets")
         axes[-1, 0].set_xlabel("step")
         paths.append(save(fig, run["dir"] / "router.png"))
     return paths

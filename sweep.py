@@ -215,15 +215,17 @@ def compare(a, b, noise, df, k=1):
                 shown=abs(difference) > half, seeds_needed=needed if needed <= 1000 else None)
 
 
-def sentence(better, worse, c):
-    """compare(better, worse) in plain words."""
-    text = f"{better} beats {worse} by {-c['difference']:.4f} nats"
-    if c["low"] == -math.inf:
+def sentence(a, b, c):
+    """c = compare(a, b) in plain words."""
+    better, worse, low, high = (a, b, -c["high"], -c["low"]) if c["difference"] <= 0 else (b, a, c["low"], c["high"])
+    text = f"{better} beats {worse} by {abs(c['difference']):.4f} nats"
+    if low == -math.inf:
         return f"{text} on {plural(c['seeds'], 'seed')}: not shown, one seed has no interval"
-    text += f", interval [{-c['high']:.4f}, {-c['low']:.4f}]: "
+    text += f", interval [{low:.4f}, {high:.4f}]: "
+    if c["shown"]:
+        return f"{text}shown by {c['seeds']} seeds"
     more = f"about {c['seeds_needed']}" if c["seeds_needed"] else "over 1,000"
-    return text + ("" if c["shown"] else "not ") + f"shown by {c['seeds']} seeds" + (
-        "" if c["shown"] else f"; {more} would be needed")
+    return f"{text}not shown by {c['seeds']} seeds; {more} would be needed"
 
 
 def optimum(table, draws=2000, points=201):
@@ -355,12 +357,14 @@ def visible_gpus(device="auto"):
 
 
 def auto_jobs(preset, gpus):
-    """How many runs at once: on a CPU one, with all cores (two on half the cores each are no faster); one a GPU, and as
-    many more as the gaps between a small preset's kernels have room for, if that much memory is free."""
+    """How many runs at once. Tiny on a CPU: one a core (measured on 2 cores: two at once, a thread each, take 0.7 of the time
+    that they take in turn); a larger preset fills all cores by itself, and a Mac may have one GPU. On GPUs: one each, and
+    more of a small preset, so that one starts and compiles while another computes, if that much memory is free."""
+    if not gpus:
+        return min(8, os.cpu_count() or 1) if preset == "tiny" and sys.platform != "darwin" else 1
     per_gpu, gib = {"tiny": (4, 2), "dense-low": (3, 6), "dense": (2, 12), "moe": (2, 12)}.get(preset, (1, 1))
-    free = ask_nvidia("--query-gpu=memory.free", "--format=csv,noheader,nounits") if gpus else []
-    room = [int(mib) // 1024 // gib for mib in free if mib.isdigit()]
-    return max(1, len(gpus)) * max(1, min([per_gpu, *room]) if room else 1)
+    free = ask_nvidia("--query-gpu=memory.free", "--format=csv,noheader,nounits")
+    return len(gpus) * max(1, min([per_gpu, *(int(mib) // 1024 // gib for mib in free if mib.isdigit())]))
 
 
 def die_with_parent():
@@ -465,7 +469,8 @@ def finish(plan, job):
     plan.done[job.key] = run
     figures = f"val loss {run['loss']:.3f}, {run['summary'].get('final_val_bpb') or math.nan:.3f} bits a byte, "
     where = f" at step {run['summary']['diverged_at']}" if run["summary"].get("diverged_at") else ""
-    say(f"{title(job.key)}: {figures if run['loss'] < math.inf else ''}{run['status']}{where}, "
+    status = run["status"] if run["status"] in (*EDGE, "stopped") else "done"  # what was slow shows when the best is known
+    say(f"{title(job.key)}: {figures if run['loss'] < math.inf else ''}{status}{where}, "
         f"{time.time() - job.begun:.0f} s")
 
 

@@ -433,7 +433,8 @@ def main(argv=None):
         signal.signal(s, lambda *_: sys.exit(130) if stop else stop.append(True))
     counts = count_parameters(model)
     say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters ({counts['used per token']:,} used per token), "
-        f"vocabulary {config.vocab_size:,}; {args.max_steps} steps of {args.batch_size} x {config.context_length} tokens; "
+        f"vocabulary {config.vocab_size:,}; {args.max_steps} steps of {args.batch_size} x {config.context_length} tokens, "
+        f"{n_tokens / len(corpus.train):.2g} times the training text; "
         f"{device}, {str(dtype)[6:]}{', compiled' if backend else ''}; {args.optimizer} at {args.lr:g} -> {out}"
         + (f", from step {start}" if start else ""))
 

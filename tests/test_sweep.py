@@ -131,7 +131,8 @@ def test_compare_is_the_paired_t_interval():
 
 def test_a_run_is_judged_beside_the_best(tmp_path):
     runs = [dict(dir=tmp_path, train={"train_loss": curve(kind, 100)},
-                 summary=dict(status="converged", final_val_loss=loss)) for kind, loss in (("good", 3.0), ("starved", 6.4), ("stuck", 6.2))]
+                 summary=dict(status="converged", final_val_loss=loss))
+            for kind, loss in (("good", 3.0), ("starved", 6.4), ("stuck", 6.2))]
     runs += [dict(dir=tmp_path, train={}, summary={}), dict(dir=tmp_path, train={}, summary=dict(status="diverged"))]
     assert [r["status"] for r in sweep.judge(runs)] == ["converged", "slow", "diverged", "running", "diverged"]
     assert [r["loss"] for r in runs] == [3.0, 6.4, math.inf, None, math.inf]
