@@ -439,7 +439,7 @@ def main(argv=None):
         + (f", from step {start}" if start else ""))
 
     # The loop --------------------------------------------------------------------------------------------------------
-    step, tokens_a_step, diverged = start, args.batch_size * config.context_length, False
+    step, tokens_a_step, diverged = start, args.batch_size * config.context_length, plot.has_diverged(state["history"])
     began, mark, mark_step = time.perf_counter() - state["elapsed"], time.perf_counter(), start
     while True:
         last = step == args.max_steps or diverged
@@ -447,7 +447,7 @@ def main(argv=None):
         if (step % args.eval_interval == 0 or last) and step > start:
             loss, accuracy = evaluate(model, val_x, val_y, min(args.batch_size, 32), device)
             bpb = loss / math.log(2) * corpus.meta["val_tokens"] / corpus.meta["val_bytes"]
-            val = dict(val_loss=loss, val_accuracy=accuracy, val_perplexity=math.exp(min(loss, 700)), val_bpb=bpb)
+            state["val"] = val = dict(val_loss=loss, val_accuracy=accuracy, val_perplexity=math.exp(min(loss, 700)), val_bpb=bpb)
             if args.schedule == "plateau":
                 schedule.observe(loss)
             if master:
@@ -499,7 +499,7 @@ def main(argv=None):
 
     # The end ---------------------------------------------------------------------------------------------------------
     if master:
-        seconds = time.perf_counter() - began
+        seconds, val = time.perf_counter() - began, state.get("val")  # of a run killed after its last checkpoint, too
         summary = dict(status="interrupted" if stopped else plot.classify(state["history"]), steps=step,
                        max_steps=args.max_steps, tokens=step * tokens_a_step, seconds=seconds,
                        tokens_per_sec=step * tokens_a_step / seconds, lr=args.lr, seed=args.seed,
@@ -529,4 +529,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before the loop, which handles it: nothing to save yet
+        sys.exit(130)

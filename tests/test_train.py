@@ -106,6 +106,10 @@ def test_a_run_that_is_killed_resumes_to_the_bit(flags, monkeypatch):
     assert len(calls) == 13 + 10
     run(name, *flags, "--resume")  # finished: returns at once
     assert len(calls) == 13 + 10
+    Path(name, "summary.json").write_text('{"status": "running"}')  # as if killed between the last checkpoint and the summary
+    again = run(name, *flags, "--resume")
+    assert len(calls) == 13 + 10 and again[2] == whole
+    assert {k: v for k, v in again[1].items() if "final" in k} == {k: v for k, v in summary.items() if "final" in k} != {}
 
 
 def test_ctrl_c_saves_and_resume_goes_on():
@@ -126,6 +130,9 @@ def test_divergence_ends_a_run_early_and_counts_as_a_result():
     code, summary, metrics = run("diverged", "--lr", "30", "--max-steps", "200", "--grad-clip", "0", "--eval-interval", "50")
     assert code == 0 and summary["status"] == "diverged" and summary["diverged_at"] < 200
     assert int(metrics[-1]["step"]) == summary["diverged_at"] and metrics[-1]["val_loss"]
+    Path("diverged/summary.json").write_text('{"status": "running"}')  # killed just before its summary: it stays ended
+    assert run("diverged", "--lr", "30", "--max-steps", "200", "--grad-clip", "0", "--eval-interval", "50",
+               "--resume")[1]["diverged_at"] == summary["diverged_at"] and rows("diverged") == metrics
 
 
 def test_accumulation_gives_the_same_gradients():
