@@ -191,10 +191,17 @@ def noise_of(table):
     return (math.sqrt(float(residuals @ residuals) / df), df) if df else (0.0, 0)
 
 
-def near_noise(table):
-    """The noise of the rates near the best."""
+def near_best(table):
+    """The rates whose noise speaks for the best one's: those near it in loss, or, in a steep valley, its two neighbours."""
     means = block_means(table)[0]
-    return noise_of({lr: table[lr] for lr in means if means[lr] <= min(means.values()) + NEAR})
+    rates, best = sorted(means), min(means, key=means.get)
+    near = [lr for lr in rates if means[lr] <= means[best] + NEAR]
+    at = rates.index(best)
+    return near if noise_of({lr: table[lr] for lr in near})[1] else rates[max(0, at - 1):at + 2]
+
+
+def near_noise(table):
+    return noise_of({lr: table[lr] for lr in near_best(table)}) if block_means(table)[0] else (0.0, 0)
 
 
 def compare(a, b, noise, df, k=1):
@@ -554,8 +561,7 @@ def analyse_setting(runs):
                noise=None, df=0)
     if not best:
         return out
-    near = [lr for lr, loss in means.items() if loss <= means[best] + NEAR]
-    (noise, df), alive, at = near_noise(table), list(means), list(means).index(best)
+    near, (noise, df), alive, at = near_best(table), near_noise(table), list(means), list(means).index(best)
     if df:
         k = max(1, len(near) - 1)
         tell = {lr: compare(table[best], table[lr], noise, df, k) for lr in near if len(table[lr]) > 1}

@@ -310,8 +310,19 @@ def orphans(cwd):
     return found
 
 
+def test_a_steep_valley_still_has_its_noise():
+    """Neighbours half a nat above the best are not near it, but it takes them to know the noise."""
+    rng = random.Random(0)
+    table = {lr: {s: loss + rng.gauss(0, 0.02) for s in range(3)} for lr, loss in ((1e-3, 4.6), (3e-3, 4.2), (1e-2, 4.7))}
+    table |= {3e-4: {0: 5.7}, 3e-2: {0: 5.9}}
+    noise, df = sweep.near_noise(table)
+    assert df == 4 and 0.005 < noise < 0.05 and sweep.near_best(table) == [1e-3, 3e-3, 1e-2]
+    assert sweep.near_noise({lr: {0: row[0]} for lr, row in table.items()}) == (0.0, 0) == sweep.near_noise({})
+
+
 def test_stop_hopeless_ends_beaten_runs(tmp_path):
-    done = run(tmp_path, "--lrs", "2e-3,5e-2", "--no-widen", "--stop-hopeless", "--max-steps", "60", FAKE_DELAY="0.04")
+    done = run(tmp_path, "--lrs", "2e-3,5e-2", "--no-widen", "--stop-hopeless", "--jobs", "1", "--max-steps", "60",
+               FAKE_DELAY="0.04")
     assert done.returncode == 0, done.stderr + done.stdout
     rows = {r["lr"]: r for r in table(next((tmp_path / "runs").iterdir()))}
     assert rows["0.05"]["status"] == "stopped" and rows["0.002"]["status"] == "converged"
@@ -328,6 +339,7 @@ def test_jobs_and_gpus(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert sweep.visible_gpus() == ["0", "1"]
     assert sweep.auto_jobs("tiny", ["0", "1"]) == 8 and sweep.auto_jobs("dense", []) == 1
+    assert sweep.auto_jobs("tiny", []) == (1 if sys.platform == "darwin" else min(8, os.cpu_count()))
     assert sweep.auto_jobs("dense-low", ["0", "1"]) == 2   # 9,000 MiB are free: room for one run of 6 GiB
 
 
