@@ -14,7 +14,8 @@ Three conventions keep it short and fast:
 - Weights that are several matrices side by side, like Q, K and V or the experts, are one stacked tensor (n, rows, cols):
   one product computes them all, and Muon (optim.py) still sees each matrix by itself.
 - The experts' work is sorted, not masked: tokens are put in order of their expert, so that each expert multiplies one
-  contiguous slice. No token is dropped, none is computed twice, and on a GPU the host never waits for a count.
+  contiguous slice. No token is dropped, none waits in a mask, and on a GPU with a fused kernel for it (Hopper, Blackwell)
+  the host never waits for a count.
 
     python model.py        # a table: each preset's parameters, those a token uses, and which optimizer owns them
 """
@@ -219,7 +220,7 @@ class MoE(nn.Module):
         y = (y.view(-1, k, x.size(-1)) * weights[..., None].to(x.dtype)).sum(1)
 
         share = counts / order.numel()
-        balance = n_experts * (share * probs.mean(0)).sum()                     # 1 when even, n_experts at collapse
+        balance = n_experts * (share * probs.mean(0)).sum()                     # 1 when even, up to n_experts / k at collapse
         entropy = -(probs * probs.clamp_min(1e-9).log()).sum(-1).mean()
         return y.view_as(x), torch.cat((balance[None], entropy[None], share))
 

@@ -65,10 +65,10 @@ class AdamW(torch.optim.Optimizer):
                 if p not in self.state:
                     self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p),
                                      "step": torch.zeros((), device=p.device)}
-            # Tensors that have seen equally many gradients share one call; in a language model that is all of them.
             states = [self.state[p] for p in params]
-            torch._foreach_add_([s["step"] for s in states], 1)
             if params:
+                torch._foreach_add_([s["step"] for s in states], 1)
+                # One bias correction serves the group: in a language model every tensor has a gradient at every step.
                 self.update(params, [p.grad for p in params], [s["m"] for s in states], [s["v"] for s in states],
                             states[0]["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"])
 

@@ -63,6 +63,8 @@ def classify(losses, best=None):
     if has_diverged(losses):
         return "diverged"
     n = len(losses)
+    if n < 2:  # too short to say more
+        return "converged"
     smooth = rolling_median(losses)
     level = np.minimum.accumulate(smooth)                   # the lowest level so far, deaf to single lucky batches
     curve = smooth if n > 10 else losses

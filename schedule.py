@@ -113,7 +113,8 @@ if __name__ == "__main__":
     import matplotlib.pyplot as plt
 
     steps, path = 200, sys.argv[1] if len(sys.argv) > 1 else "schedules.png"
-    fig, axes = plt.subplots(3, 3, figsize=(11, 7), sharex=True, sharey=True, layout="constrained")
+    rows = math.ceil(len(SCHEDULES) / 3)
+    fig, axes = plt.subplots(rows, 3, figsize=(11, 2.4 * rows), sharex=True, sharey=True, layout="constrained")
     for ax, name in zip(axes.flat, SCHEDULES):
         f, factors = make_schedule(name, steps), []
         for t in range(steps):
@@ -124,6 +125,6 @@ if __name__ == "__main__":
         ax.set_title(name)
         ax.grid(alpha=0.3)
     axes[1][0].set_ylabel("factor of the peak rate")
-    axes[2][1].set_xlabel("optimizer step (10% warm-up, floor 10% of the peak)")
+    axes[-1][1].set_xlabel("optimizer step (10% warm-up, floor 10% of the peak)")
     fig.savefig(path, dpi=120)
     print(f"{len(SCHEDULES)} schedules in {path}: {', '.join(SCHEDULES)}")

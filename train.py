@@ -53,6 +53,9 @@ RECIPES = {
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # sweep.py compares flags by their full names
+
     def error(self, message):  # one line, without the long usage text
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
@@ -96,7 +99,8 @@ def parse_args(argv=None):
     g.add_argument("--min-lr-ratio", type=ratio, help="share of the peak rate")
     g = p.add_argument_group("budget")
     g.add_argument("--batch-size", type=count, help="sequences an optimizer step, on all devices together")
-    g.add_argument("--grad-accum", type=count, help="pieces to compute a batch in; changes memory, not the result")
+    g.add_argument("--grad-accum", type=count, help="pieces to compute a batch in: less memory, the same gradients (the balance "
+                   "loss of experts is taken a piece)")
     g.add_argument("--context-length", type=count)
     g.add_argument("--max-steps", type=count, help="optimizer steps")
     g.add_argument("--seed", type=number(int, 0), default=0, help="of the initial weights and the order of batches")
@@ -119,9 +123,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
 
     recipe, config = RECIPES[args.preset], PRESETS[args.preset]
-    if args.lr is None and args.optimizer not in (None, recipe["optimizer"]):
-        with torch.device("meta"):
-            args.lr = rule_of_thumb(count_parameters(Transformer(config))["total"]) if args.optimizer == "muon" else BASE["lr"]
+    guess = args.lr is None and args.optimizer not in (None, recipe["optimizer"])
     for name, value in (*recipe.items(), *asdict(config).items()):
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -130,9 +132,13 @@ def parse_args(argv=None):
     args.checkpoint_interval = args.checkpoint_interval or max(1, args.max_steps // 10)
     try:
         make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
-        return args, replace(config, **{name: getattr(args, name) for name in asdict(config)})
+        config = replace(config, **{name: getattr(args, name) for name in asdict(config)})
     except ValueError as e:
         p.error(e)
+    if guess:  # the preset's rate is for its own optimizer
+        with torch.device("meta"):
+            args.lr = rule_of_thumb(count_parameters(Transformer(config))["total"]) if args.optimizer == "muon" else BASE["lr"]
+    return args, config
 
 
 def fail(message):
@@ -199,7 +205,7 @@ def describe(device):
 def make_step(losses, optimizers, params, args):
     """
     step(x, y) -> (1 + router figures,) float32: the cross-entropy, the gradient's norm before clipping, the router's
-    figures; x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for the device.
+    figures; x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for a GPU.
     """
     def step(x, y):
         figures = 0
@@ -252,7 +258,7 @@ def graphed(step, warmup=3):
         static["x"].copy_(x)
         static["y"].copy_(y)
         graph.replay()
-        return static["out"]
+        return static["out"].clone()  # the next replay writes over it
     return call
 
 
@@ -263,6 +269,8 @@ def evaluate(model, x, y, batch_size, device):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = torch.zeros(2, device=device)
     for xb, yb in zip(x[rank::world].split(batch_size), y[rank::world].split(batch_size)):
+        if not len(xb):  # more devices than windows
+            continue
         yb = yb.to(device)
         logits, loss = model(xb.to(device), yb)
         total += torch.stack((loss * yb.numel(), (logits.argmax(-1) == yb).sum())) / y.numel()
@@ -289,15 +297,16 @@ def save(path, value):
 
 def git_commit():
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True,
-                              cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True,
+                              text=True, check=True, cwd=Path(__file__).parent).stdout.strip()  # "-dirty": with local changes
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def open_metrics(path, columns, upto):
     """metrics.csv open for appending, cut back to the rows up to step `upto`: a resumed run writes the rest again."""
-    rows = [r for r in csv.DictReader(path.open(newline="")) if int(r["step"]) <= upto] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [r for r in csv.DictReader(line for line in lines if line.endswith("\n")) if int(r["step"]) <= upto]
     with path.with_suffix(".tmp").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -384,11 +393,15 @@ def main(argv=None):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     train_step = make_step(losses, optimizers, params, args)
-    if device.type == "cuda" and backend and not args.dropout:
+    # A graph cannot hold a wait for the host: experts need the fused grouped_mm, which Hopper and Blackwell have.
+    fused = not config.n_experts or dtype == torch.bfloat16 and device.type == "cuda" and \
+        torch.cuda.get_device_capability(device)[0] in (9, 10)
+    if device.type == "cuda" and backend and fused and not args.dropout:
         train_step = graphed(train_step)
 
     # State: fresh, or the checkpoint's -------------------------------------------------------------------------------
-    state = dict(step=0, elapsed=0.0, history=[], running=None, best_val_loss=math.inf, max_grad_norm=0.0)
+    state = dict(step=0, elapsed=0.0, history=[], running=None, best_val_loss=math.inf,
+                 max_grad_norm=torch.zeros((), device=device))
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "no_plot", "no_progress", "dry_run", "sample")}
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -443,11 +456,12 @@ def main(argv=None):
     began, mark, mark_step = time.perf_counter() - state["elapsed"], time.perf_counter(), start
     while True:
         last = step == args.max_steps or diverged
-        paused = time.perf_counter()
+        paused, agreed = time.perf_counter(), False
         if (step % args.eval_interval == 0 or last) and step > start:
             loss, accuracy = evaluate(model, val_x, val_y, min(args.batch_size, 32), device)
             bpb = loss / math.log(2) * corpus.meta["val_tokens"] / corpus.meta["val_bytes"]
             state["val"] = val = dict(val_loss=loss, val_accuracy=accuracy, val_perplexity=math.exp(min(loss, 700)), val_bpb=bpb)
+            diverged = diverged or not math.isfinite(loss)
             if args.schedule == "plateau":
                 schedule.observe(loss)
             if master:
@@ -457,7 +471,11 @@ def main(argv=None):
                 state.update(best_val_loss=loss, best_val_step=step, best_val_accuracy=accuracy)
                 if master:
                     save(out / "checkpoints/best.pt", dict(model=model.state_dict(), config=asdict(config), step=step, **val))
-        stopped = bool(stop) and not last
+        if world > 1 and step % args.log_interval == 0:  # a signal may reach processes at different steps: stop together
+            flag = torch.tensor(float(bool(stop)), device=device)
+            dist.all_reduce(flag)
+            agreed = flag.item() > 0
+        stopped = (agreed if world > 1 else bool(stop)) and not last
         if master and (stopped or last or step % args.checkpoint_interval == 0 and step > start):
             state.update(step=step, elapsed=time.perf_counter() - began)
             save(checkpoint, dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], state=state,
@@ -476,6 +494,7 @@ def main(argv=None):
         set_lr(optimizers, factor)
         figures = train_step(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
         state["running"] = figures if state["running"] is None else state["running"] + figures
+        state["max_grad_norm"] = torch.maximum(state["max_grad_norm"], figures[1])
         step += 1
         bar.update()
 
@@ -484,7 +503,6 @@ def main(argv=None):
             loss, norm, *router = (state["running"] / since).tolist()
             state["running"] = None
             state["history"].append(loss)
-            state["max_grad_norm"] = max(state["max_grad_norm"], norm)
             diverged = plot.has_diverged(state["history"])
             now = time.perf_counter()
             speed, mark, mark_step = (step - mark_step) * tokens_a_step / (now - mark), now, step
@@ -500,12 +518,13 @@ def main(argv=None):
     # The end ---------------------------------------------------------------------------------------------------------
     if master:
         seconds, val = time.perf_counter() - began, state.get("val")  # of a run killed after its last checkpoint, too
-        summary = dict(status="interrupted" if stopped else plot.classify(state["history"]), steps=step,
+        status = "interrupted" if stopped else "diverged" if diverged else plot.classify(state["history"])
+        summary = dict(status=status, steps=step,
                        max_steps=args.max_steps, tokens=step * tokens_a_step, seconds=seconds,
                        tokens_per_sec=step * tokens_a_step / seconds, lr=args.lr, seed=args.seed,
                        peak_memory_mb=peak_memory_mb(device), n_params=counts["total"], diverged_at=step if diverged else None)
         if state["history"]:
-            summary.update(final_train_loss=state["history"][-1], max_grad_norm=state["max_grad_norm"])
+            summary.update(final_train_loss=state["history"][-1], max_grad_norm=state["max_grad_norm"].item())
         summary.update({k: v for k, v in state.items() if k.startswith("best_")})
         if last:
             summary.update({f"final_{k}": v for k, v in val.items()})

@@ -231,3 +231,14 @@ def test_dtype_and_compile_are_chosen_by_the_hardware(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert train.pick_device("auto").type == "cuda"
+
+
+def test_one_step_and_one_log_row_are_enough():
+    assert run("one", "--max-steps", "1")[1]["steps"] == 1
+    assert run("few", "--log-interval", "15")[1]["status"] in ("converged", "slow")
+
+
+def test_muons_first_guess_follows_the_size():
+    guess = [train.parse_args(["--optimizer", "muon", "--d-model", str(d)])[0].lr for d in (128, 256)]
+    assert 1.5 < guess[1] / guess[0] < 2 and train.parse_args(["--optimizer", "muon", "--lr", "0.5"])[0].lr == 0.5
+    assert train.parse_args(["--preset", "moe"])[0].lr == 0.065
