@@ -28,6 +28,7 @@ from email.utils import mktime_tz, parsedate_tz
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
 from http.client import HTTPException
+from mmap import ACCESS_READ, mmap
 from multiprocessing import get_context, parent_process
 from operator import add
 from pathlib import Path
@@ -46,6 +47,7 @@ except ImportError:  # Windows: two processes that start together may do the sam
 
 EOT = "<|endoftext|>"
 SPAN = 4 << 20  # bytes a worker reads at a time: what bounds its memory, whatever the size of the corpus
+LONGEST = 4 * SPAN  # a document may be so long without being cut
 FORMAT = 1  # raise it when prepared files change their meaning: old ones are then made anew
 
 
@@ -399,7 +401,7 @@ def path_source(path, cache):
         return folder_source(name, path, cache)
     info = os.stat(path)
     with open(path, "rb") as file:
-        own_documents = EOT.encode() in file.read(SPAN)
+        own_documents = EOT.encode() in file.read(LONGEST)
     if not info.st_size:
         raise DataError(f"{path} is empty: a corpus needs some text")
     # Blocks, so that a plain text has a validation side too: neighbours of training text, but never the same text.
@@ -446,36 +448,11 @@ CORPORA = {"stdlib": stdlib, "tinystories": tinystories, "cosmopedia": cosmopedi
 # Preparing: three passes over the text, by one process a core
 
 
-def cuts(path, limit):
-    """Cuts of a file: [0, ..., its size], at the end of a document, or else of a paragraph, line, word."""
-    size = os.path.getsize(path)
-    if size <= 5 * SPAN // 4 and not limit:
-        return [0, size]
-    with open(path, "rb") as file:
-        if b"\0" in file.read(8192):  # a huge binary file is not worth reading to its end
-            return [0, 0]
-        if limit and limit <= size:  # up to the last document that lies whole within the limit
-            file.seek(max(limit - SPAN, 0))
-            end = file.read(min(limit, SPAN)).rfind(EOT.encode())
-            size = max(limit - SPAN, 0) + end if end >= 0 else limit
-        at = [0]
-        while size - at[-1] > 5 * SPAN // 4:
-            file.seek(at[-1] + SPAN)
-            window = file.read(SPAN // 4)
-            ends = (window.find(mark) + len(mark) for mark in (EOT.encode(), b"\n\n", b"\n", b" ") if mark in window)
-            last = max(i for i in range(len(window) - 4, len(window)) if window[i] & 0xC0 != 0x80)  # a whole character
-            at.append(at[-1] + SPAN + next(ends, last))
-    return [*at, size]
-
-
 def plan(files, limit=None, block=0, split=None):
     """Tasks (bytes, [(path, start, end), ...], block, split) of about SPAN bytes: part of a big file, or many files."""
     tasks, batch, total = [], [], 0
     for path in files:
-        try:
-            at = cuts(path, limit)
-        except OSError:  # whoever reads it will say so
-            at = [0, 0]
+        at = cuts(path, limit)
         for start, end in zip(at, at[1:]):
             batch.append((path, start, end))
             total += end - start
@@ -483,6 +460,32 @@ def plan(files, limit=None, block=0, split=None):
                 tasks.append((total, batch, block, split))
                 batch, total = [], 0
     return tasks + [(total, batch, block, split)] * bool(batch)
+
+
+def cuts(path, limit):
+    """[0, ..., size of the file]: a span ends where a document does, or else a paragraph, line, word or character."""
+    try:
+        size, at, end = os.path.getsize(path), [0], EOT.encode()
+        if not size or size <= SPAN and not limit:
+            return [0, size]
+        with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as text:
+            if text.find(b"\0", 0, 8192) >= 0:  # a huge binary file is not worth reading to its end
+                return [0, 0]
+            if limit and limit <= size:  # up to the last document that lies whole within the limit
+                size = max(text.rfind(end, 0, limit), 0) or limit
+            own_documents = text.find(end, 0, LONGEST) >= 0
+            while (start := at[-1] + SPAN) < size:
+                if own_documents and start + LONGEST >= size and text.find(end, start, size) < 0:
+                    break  # the last document, if nothing marks its end
+                for mark, reach in [(end, LONGEST)] * own_documents + [(m, SPAN // 4) for m in (b"\n\n", b"\n", b" ")]:
+                    if (cut := text.find(mark, start, min(start + reach, size)) + len(mark)) > start:
+                        break
+                else:
+                    cut = next((i for i in range(start, min(start + 4, size)) if text[i] & 0xC0 != 0x80), size)
+                at.append(cut)
+        return at + [size] * (size > at[-1])
+    except OSError:  # who reads it will report it
+        return [0, 0]
 
 
 def documents(task, problems=None):

@@ -23,7 +23,7 @@ The statistics are pure functions and rest on pairing: seed s gives every rate t
 insights.json (losses in nats): {runs, finished, seeds, minutes, unfinished [names], best {setting, lr, val_loss},
 use {lr, low, high}, comparisons [{better, worse, difference, low, high, seeds, shown, seeds_needed, sentence}],
 settings [{label, flags, best_lr, best_loss, optimum {lr, low, high, fitted, curve [[lr, loss]]}, as_good [low, high] or
-null, edge {lr, ratio, status, seeds} or null, searched_up_to, bracketed, noise, df, correlation {loss, accuracy,
+null, untested [lr], edge {lr, calm, ratio, status, seeds, diverged} or null, searched_up_to, bracketed, noise, df, correlation {loss, accuracy,
 perplexity}, summary {mean, deviation, best, worst}, rates [{lr, seeds, status, edge_seeds, val_loss, deviation,
 val_accuracy, val_perplexity, val_bpb, max_grad_norm, accuracy_per_minute}]}]}
 """
@@ -140,13 +140,14 @@ def search(settings, lrs, seeds=1, refine=0, widen=True, limit=16, schedules=(),
     yield from ask((s, lr, seed) for seed in first for s in settings for lr in lrs)
     while widen and (yield from ask((s, lr, seed) for s in settings for lr in outward(curve(s)) for seed in first)):
         pass
-    if widen and results and not any(outward(curve(s)) for s in settings):
-        ended = "the best rate has worse neighbours on both sides and the edge is known"
     for r in range(1, refine + 1):
         yield from ask((s, lr, seed) for s in settings for lr in zoom(curve(s), r) for seed in first)
-    while (yield from ask((s, lr, seed) for s in settings for lr in survivors(curve(s), near_noise(table(s))[0])
-                          for seed in range(seeds))):
-        pass
+    while (yield from ask([(s, lr, seed) for s in settings for lr in (outward(curve(s)) if widen else ()) for seed in first] +
+                          [(s, lr, seed) for seed in range(seeds) for s in settings
+                           for lr in survivors(curve(s), near_noise(table(s))[0])])):
+        pass  # more seeds can move the best rate, to an end of the grid too
+    if widen and results and not any(outward(curve(s)) for s in settings):
+        ended = "the best rate has worse neighbours on both sides and the edge is known"
     best = min(((loss, lr) for s in settings for lr, (loss, _) in curve(s).items()), default=None)
     if best:
         yield from ask((s, best[1], seed) for s in schedules for seed in range(seeds))
@@ -294,9 +295,11 @@ def judge(runs):
         loss = None if status not in RANK else math.inf if status in ("diverged", "stopped") else float(loss)
         run.update(status=status, loss=loss, level=float(np.median(losses[-5:])) if len(losses) > 1 else math.inf)
     alive = [r for r in runs if r["loss"] is not None and max(r["loss"], r["level"]) < math.inf]
-    best = min((r["level"] for r in alive), default=None)
+    best = min(alive, key=lambda r: r["level"], default=None)
     for run in alive:
-        run["status"] = plot.classify(run["train"]["train_loss"], best)
+        run["status"] = plot.classify(run["train"]["train_loss"], best["level"])
+        if run["status"] == "diverged" and run.get("lr", 0) < best.get("lr", 0) and run["summary"]["status"] != "diverged":
+            run["status"] = "slow"  # it learned nothing either, but for the opposite reason
         run["loss"] = math.inf if run["status"] == "diverged" else run["loss"]
     return runs
 
@@ -323,7 +326,7 @@ def flag_values(words):
     for word in words:
         if word.startswith("--"):
             key, given, value = word[2:].partition("=")
-            key, on = (key[3:], False) if key.startswith("no-") else (key, True)
+            key, on = (key[3:], False) if key == "no-compile" else (key, True)  # train.py's only flag of two faces
             key = key.replace("-", "_")
             values[key] = value if given else on
         elif key:
@@ -363,12 +366,16 @@ def visible_gpus(device="auto"):
     return [str(i) for i in range(sum(line.startswith("GPU") for line in ask_nvidia("-L")))]
 
 
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def auto_jobs(preset, gpus):
     """How many runs at once. Tiny on a CPU: one a core (measured on 2 cores: two at once, a thread each, take 0.7 of the time
     that they take in turn); a larger preset fills all cores by itself, and a Mac may have one GPU. On GPUs: one each, and
     more of a small preset, so that one starts and compiles while another computes, if that much memory is free."""
     if not gpus:
-        return min(8, os.cpu_count() or 1) if preset == "tiny" and sys.platform != "darwin" else 1
+        return min(8, cores()) if preset == "tiny" and sys.platform != "darwin" else 1
     per_gpu, gib = {"tiny": (4, 2), "dense-low": (3, 6), "dense": (2, 12), "moe": (2, 12)}.get(preset, (1, 1))
     free = ask_nvidia("--query-gpu=memory.free", "--format=csv,noheader,nounits")
     return len(gpus) * max(1, min([per_gpu, *(int(mib) // 1024 // gib for mib in free if mib.isdigit())]))
@@ -386,7 +393,7 @@ def start(plan, key, slot):
     if plan.gpus:
         env["CUDA_VISIBLE_DEVICES"] = plan.gpus[slot % len(plan.gpus)]
     if plan.jobs > 1:
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.jobs)))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // plan.jobs)))
     with open(out / "stderr.log", "wb") as err:
         process = subprocess.Popen(command(plan, key), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=err,
                                    env=env, start_new_session=True,  # Ctrl-C reaches the sweep, which passes it on
@@ -528,6 +535,8 @@ def analyse(runs, varied=None):
     best = min(alive, key=lambda s: s["best_loss"], default=None)
     at_best = {s["label"]: {r["seed"]: r["loss"] for r in finished
                             if (r["setting"], r["lr"]) == (s["label"], s["best_lr"])} for s in alive}
+    if best and not best["df"]:  # one rate a setting: its noise is that between settings
+        best["noise"], best["df"] = noise_of(at_best)
     comparisons = []
     for other in (s["label"] for s in alive if s is not best):
         c = compare(at_best[best["label"]], at_best[other], *noise_of(at_best), len(alive) - 1)
@@ -557,7 +566,7 @@ def analyse_setting(runs):
                           accuracy_per_minute=of["val_accuracy"] / minutes if of["val_accuracy"] and minutes else None))
     best = min(means, key=means.get, default=None)
     out = dict(label=runs[0]["setting"], flags=runs[0]["flags"], best_lr=best, best_loss=means.get(best), rates=rates,
-               searched_up_to=max(table), bracketed=False, optimum=optimum(table), as_good=None, edge=None,
+               searched_up_to=max(table), bracketed=False, optimum=optimum(table), as_good=None, untested=[], edge=None,
                noise=None, df=0)
     if not best:
         return out
@@ -566,11 +575,14 @@ def analyse_setting(runs):
         k = max(1, len(near) - 1)
         tell = {lr: compare(table[best], table[lr], noise, df, k) for lr in near if len(table[lr]) > 1}
         good = [lr in tell and not tell[lr]["shown"] for lr in alive]
+        out["untested"] = [lr for lr in alive if lr not in tell and means[lr] <= means[best] + max(NEAR, 3 * noise)]
         low = next((i + 1 for i in range(at - 1, -1, -1) if not good[i]), 0)  # the unbroken stretch around the best
         high = next((i - 1 for i in range(at + 1, len(alive)) if not good[i]), len(alive) - 1)
         out.update(noise=noise, df=df, as_good=[alive[low], alive[high]])
     edge = next((r for r in rates if r["lr"] > best and r["status"] in EDGE), None)
-    out["edge"] = edge and dict(lr=edge["lr"], ratio=edge["lr"] / out["optimum"]["lr"], status=edge["status"],
+    calm = max((r["lr"] for r in rates if edge and r["lr"] < edge["lr"]), default=0)  # the edge lies between calm and edge
+    out["edge"] = edge and dict(lr=edge["lr"], ratio=edge["lr"] / out["optimum"]["lr"], status=edge["status"], calm=calm,
+                                diverged=next((r["lr"] for r in rates if r["lr"] > best and r["status"] == "diverged"), None),
                                 seeds=f"{edge['edge_seeds']} of {plural(len(edge['seeds']), 'seed')}")
     out["bracketed"] = at > 0 and (at < len(alive) - 1 or edge is not None)
     column = {k: [math.nan if r[k] is None else r[k] for r in rates if r["lr"] in means]
@@ -594,15 +606,18 @@ def words(insights, meta):
     s = next(s for s in insights["settings"] if s["label"] == best["setting"])
     o, rates, good, edge, top = s["optimum"], s["rates"], s["as_good"], s["edge"], rate(s["best_lr"])
     alone, span, text = len(rates) == 1, o["high"] / o["low"], []
+    one_seed = all(len(r["seeds"]) == 1 for r in rates)
 
     def add(*parts, join=" "):
         text.append(join.join(x for x in parts if x))
 
     add(f"**Use {rate(insights['use']['lr'])}{' with ' + best['setting'] if best['setting'] else ''}"
         + (".** It is the only rate tried." if alone else
-           ".** One seed cannot show which of its neighbours are as good." if not good else
+           ".** One seed cannot show which of its neighbours are as good." if one_seed else
+           ".** Too few runs share their seeds to show which of its neighbours are as good." if not good else
            f"; anything from {rate(good[0])} to {rate(good[1])} is as good, as far as {n} seeds can tell.**"
-           if good[0] < good[1] else f"; no other rate tried was as good as {top}, as {n} seeds show.**"))
+           if good[0] < good[1] else f"; no other rate tried was as good as {top}, as {n} seeds show.**" if not s["untested"] else
+           f".** {', '.join(map(rate, s['untested']))} had too few seeds to be told from {top}."))
     undecided = [c["worse"] for c in insights["comparisons"] if not c["shown"]]
     add(f"{plural(n, 'seed')} cannot tell {best['setting']} from {', '.join(undecided)}." if undecided else "",
         f"The best rate tried was {top}, with a validation loss of {s['best_loss']:.3f} nats a token.",
@@ -613,22 +628,32 @@ def words(insights, meta):
     add("## How sure")
     add("Runs of one setting that differ in nothing but luck differ in loss with a standard deviation of "
         f"{s['noise']:.4f} nats (what a seed does to all rates alike is taken out; {s['df']} degrees of freedom)."
-        if s["df"] else
+        if s["df"] else "No two rates near the best share several seeds: the noise is not known." if not one_seed else
         "Every rate was run with one seed. That cannot show how much the loss changes from run to run, so no "
         "difference between neighbouring rates is shown to be real; an interval from one seed only says how well a "
         "curve fits.",
         "" if s["bracketed"] or alone else
-        f"The best rate is the {'low' if s['best_lr'] == rates[0]['lr'] else 'high'}est one tried: the optimum may lie "
-        "beyond it.",
+        f"The best rate is the {'lowest' if s['best_lr'] == rates[0]['lr'] else 'last before an end'} of those that survived: the "
+        "optimum may lie beyond it.",
+        f"Careful: {', '.join(shaky)} spiked and came back." if (shaky := [rate(r["lr"]) for r in rates if r["status"] in EDGE
+            and (good or [s["best_lr"]])[0] <= r["lr"] <= (good or [s["best_lr"]])[-1]]) else "",
         f"The search ended because {meta['ended']}." if meta.get("ended") else "",
         f"Not counted, for not finished: {', '.join(insights['unfinished'])}." if insights["unfinished"] else "",
         f"Failed: {', '.join(meta['failed'])}." if meta.get("failed") else "")
     add("## The edge")
-    add(f"The first rate above the best that was {edge['status']} is {rate(edge['lr'])} ({edge['seeds']}), "
-        f"{edge['ratio']:.1f} times the optimum: " + (
-            "near the edge, little is needed to tip it over." if edge["ratio"] < 2 else
-            "conservative, there is room above." if edge["ratio"] > 4 else "the usual distance (2 to 4).") if edge else
-        f"Not found up to {rate(s['searched_up_to'])}: no rate above the best was unstable or diverged.")
+    def distance(ratio):
+        return "near the edge, little is needed to tip it over" if ratio < 2 else \
+            "conservative, there is room above" if ratio > 4 else "the usual distance (2 to 4)"
+    if edge:
+        low, high = max(1, edge["calm"] / o["lr"]), edge["ratio"]
+        add(f"The first rate above the best that was {edge['status']} is {rate(edge['lr'])} ({edge['seeds']}), {high:.1f} times the "
+            "optimum:" if distance(low) == distance(high) else "optimum.",
+            f"{distance(high)}." if distance(low) == distance(high) else
+            f"{rate(edge['calm'])} was still calm, so the edge lies {low:.1f} to {high:.1f} times above the optimum (2 to 4 is usual).",
+            "" if edge["status"] == "diverged" else f"The first that diverged is {rate(edge['diverged'])}." if edge["diverged"] else
+            f"None diverged up to {rate(s['searched_up_to'])}.")
+    else:
+        add(f"Not found up to {rate(s['searched_up_to'])}: no rate above the best was unstable or diverged.")
     look = dict(slow="was still falling at the end", unstable="spiked and came back", diverged="diverged",
                 converged="flattened out", stopped="was stopped as hopeless")
     for side in ("low", "high"):
@@ -641,7 +666,7 @@ def words(insights, meta):
                 for r in outside), join="\n")
     if insights["comparisons"]:
         k = len(insights["comparisons"])
-        add("## Settings, each at its own best rate")
+        add("## Settings, each at the best rate that it was tried at")
         add(*(f"- {c['sentence']}." for c in insights["comparisons"]), join="\n")
         add(f"Intervals are 95%{f' for all {k} comparisons together' if k > 1 else ''}, paired over seeds.")
     figures = []
@@ -744,8 +769,9 @@ def parse_vary(texts):
         rows = [v.split(":") if len(flags) > 1 else [v] for v in values.split(",")]
         if not all(flags) or not all(len(row) == len(flags) and all(row) for row in rows):
             die(f"--vary {text}: write FLAG=V1,V2 or FLAG1,FLAG2=A:B,C:D")
-        if wrong := {"lr", "seed", "out", "preset"} & set(flags):
-            die(f"--vary {text}: not {wrong.pop()}; rates have --lrs, seeds --seeds, presets a sweep each")
+        if wrong := {"lr", "seed", "out", "preset", "data", "vocab-size"} & set(flags):
+            die(f"--vary {text}: not {wrong.pop()}; rates have --lrs, seeds --seeds; presets, corpora and vocabularies a "
+                "sweep each, since a loss a token compares within one tokenizer only")
         axes.append([tuple(zip(flags, map(plain, row))) for row in rows])
     return [sum(combination, ()) for combination in itertools.product(*axes)]
 

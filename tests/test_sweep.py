@@ -288,7 +288,7 @@ def test_killed_at_random_moments_it_ends_like_one_left_alone(tmp_path):
             kills += 1
             text = p.communicate(timeout=30)[0]
             if how != signal.SIGKILL:
-                assert p.returncode == 130 and "To go on: python sweep.py --seeds 2" in text
+                assert p.returncode == 0 or p.returncode == 130 and "To go on: python sweep.py --seeds 2" in text
         time.sleep(0.1)
         if sys.platform == "linux":
             assert not orphans(tmp_path / "killed")   # which would go on writing
