@@ -647,9 +647,9 @@ def words(insights, meta):
     if edge:
         low, high = max(1, edge["calm"] / o["lr"]), edge["ratio"]
         add(f"The first rate above the best that was {edge['status']} is {rate(edge['lr'])} ({edge['seeds']}), {high:.1f} times the "
-            "optimum:" if distance(low) == distance(high) else "optimum.",
-            f"{distance(high)}." if distance(low) == distance(high) else
-            f"{rate(edge['calm'])} was still calm, so the edge lies {low:.1f} to {high:.1f} times above the optimum (2 to 4 is usual).",
+            f"optimum{': ' + distance(high) if distance(low) == distance(high) else ''}.",
+            "" if distance(low) == distance(high) else f"{rate(edge['calm'])} was still calm, so the edge lies {low:.1f} to "
+            f"{high:.1f} times above the optimum (2 to 4 is usual).",
             "" if edge["status"] == "diverged" else f"The first that diverged is {rate(edge['diverged'])}." if edge["diverged"] else
             f"None diverged up to {rate(s['searched_up_to'])}.")
     else:
