@@ -439,7 +439,8 @@ def test_new_and_edited_files_in_a_folder_are_noticed(tmp_path, cache):
 
 def test_processes_that_start_together_prepare_once(tmp_path, cache):
     name = make_folder(tmp_path / "text", stories(100))
-    code = ("import data; real = data.prepare; data.prepare = lambda *args: (print('made'), real(*args));"
+    code = ("import data, time; real = data.prepare;"
+            "data.prepare = lambda *args: (print('made'), time.sleep(1), real(*args));"
             f"print(data.load({name!r}, 300, cache={str(cache)!r}).meta['train_sha256'])")
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(data.__file__).parent)
                for _ in range(3)]
