@@ -36,10 +36,10 @@ def bench_data(args):
         with open(path, "wb") as file:
             while size < args.mb * 10**6:
                 rounds += 1
-                for document in Path(args.file).read_text("utf-8").split("<|endoftext|>") if args.file else code_documents():
+                for document in file_documents(args.file) if args.file else code_documents():
                     if size < args.mb * 10**6 and (document := document.strip()):
                         size += file.write(document.encode() + b"<|endoftext|>")
-        print(f"{size / 1e6:.1f} MB of text ({rounds} time(s) the same), {args.vocab_size:,} tokens, {data_cores()} cores")
+        print(f"{size / 1e6:.1f} MB (the same {rounds} times), {args.vocab_size:,} tokens, {data_cores()} cores")
         for name, work in {"data.py": data_ours, "tokenizers": data_theirs}.items():
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # memory is counted for a process of its own
                 try:
@@ -50,12 +50,16 @@ def bench_data(args):
                   f"peak memory {memory / 2**20:,.0f} MiB")
         ours, theirs = (np.fromfile(f"{path}.{name}", "<u2") for name in ("ours", "theirs"))  # 0 ends a document
         ours, theirs = ([part.tobytes() for part in np.split(ids, np.flatnonzero(ids == 0))] for ids in (ours, theirs))
-        print(f"{len(ours) - 1:,} documents; those with other ids (characters newer than this Python's Unicode tables): "
+        print(f"{len(ours) - 1:,} documents; with other ids (characters newer than this Python's Unicode tables): "
               f"{sum(a != b for a, b in zip(ours, theirs)) + abs(len(ours) - len(theirs)):,}")
 
 
 def data_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def file_documents(path):
+    return Path(path).read_text("utf-8").split("<|endoftext|>")
 
 
 def code_documents():
@@ -230,11 +234,19 @@ def row(name, ms, tokens=0, flops=0, rate=1, memory=True):
     print(text, flush=True)
 
 
+def step_ms(batch_size, device, repeats, inner, kwargs):
+    """Median ms of a complete moe step, and its FLOPs a token."""
+    import train
+    from model import count_parameters
+    train.keep_freed_memory()
+    step, model, config, *_ = full_step("moe", batch_size, device, **kwargs)
+    return median_ms(step, repeats, inner), flops_a_token(config, count_parameters(model))
+
+
 def bench_moe(args):
     """The moe preset: complete steps, Newton-Schulz, the optimizers. --batch-size 16 (default), of 512 tokens."""
     import torch
-    from model import count_parameters
-    from optim import AdamW, Muon, is_hidden_matrix, newton_schulz
+    from optim import AdamW, is_hidden_matrix, newton_schulz
     parser = argparse.ArgumentParser(prog="bench.py moe")
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args(args)
@@ -244,15 +256,14 @@ def bench_moe(args):
     base = None
     for name, kwargs in {"complete step, loop over experts with masks, float32": dict(plain=True), "complete step, this project": {},
                          "  with 16 experts": dict(n_experts=16), "  with 32 experts": dict(n_experts=32)}.items():
-        step, model, config, *_ = full_step("moe", args.batch_size, device, **kwargs)
-        if kwargs.get("plain"):
-            ms = median_ms(step, *((3, 1) if cuda else (1, 1)))
-        else:
-            ms = median_ms(step, repeats, inner)
-            base = base or ms
-            name += f" ({ms / base:.2f}x)" if "experts" in name else ""
-        row(name, ms, tokens, flops_a_token(config, count_parameters(model)), rate)
-        del step, model
+        measure = partial(step_ms, args.batch_size, device, *((1, 1) if kwargs.get("plain") else (repeats, inner)), kwargs)
+        if cuda:
+            ms, flops = measure()
+        else:  # in a process of its own, as a run is: the heap that one variant leaves behind slows the next
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                ms, flops = pool.submit(measure).result()
+        base = base or (None if kwargs.get("plain") else ms)
+        row(name + (f" ({ms / base:.2f}x)" if "with" in name and base else ""), ms, tokens, flops, rate)
     _, model, config, optimizers, _ = full_step("moe", args.batch_size, device)
     experts = [p.detach() for n, p in model.named_parameters() if n.endswith((".up", ".down"))]
     matrices = [m.contiguous() for p in experts for m in p]
