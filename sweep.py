@@ -627,7 +627,7 @@ def words(insights, meta):
         f"seeds or 4 rates): the optimum lies somewhere from {rate(o['low'])} to {rate(o['high'])}.")
     add("## How sure")
     add("Runs of one setting that differ in nothing but luck differ in loss with a standard deviation of "
-        f"{s['noise']:.4f} nats (what a seed does to all rates alike is taken out; {s['df']} degrees of freedom)."
+        f"{s['noise']:.4f} nats (what a seed does to all rates alike is taken out; {plural(s['df'], 'degree')} of freedom)."
         if s["df"] else "No two rates near the best share several seeds: the noise is not known." if not one_seed else
         "Every rate was run with one seed. That cannot show how much the loss changes from run to run, so no "
         "difference between neighbouring rates is shown to be real; an interval from one seed only says how well a "
