@@ -21,7 +21,7 @@ The statistics are pure functions and rest on pairing: seed s gives every rate t
              intervals hold the true optimum (tests/test_sweep.py prints the figures)
 
 insights.json (losses in nats): {runs, finished, seeds, minutes, unfinished [names], best {setting, lr, val_loss},
-use {lr, low, high}, comparisons [{better, worse, difference, low, high, seeds, shown, seeds_needed, sentence}],
+use {setting, lr, low, high}, comparisons [{better, worse, difference, low, high, seeds, shown, seeds_needed, sentence}],
 settings [{label, flags, best_lr, best_loss, optimum {lr, low, high, fitted, curve [[lr, loss]]}, as_good [low, high] or
 null, untested [lr], edge {lr, calm, ratio, status, seeds, diverged} or null, searched_up_to, bracketed, noise, df, correlation {loss, accuracy,
 perplexity}, summary {mean, deviation, best, worst}, rates [{lr, seeds, status, edge_seeds, val_loss, deviation,
@@ -541,12 +541,14 @@ def analyse(runs, varied=None):
     for other in (s["label"] for s in alive if s is not best):
         c = compare(at_best[best["label"]], at_best[other], *noise_of(at_best), len(alive) - 1)
         comparisons.append(dict(better=best["label"], worse=other, **c, sentence=sentence(best["label"], other, c)))
-    o = best and best["optimum"]
+    # A setting tried at one rate only was compared at the optimum of the one that was swept: that one has the rates to tell of.
+    swept = best and (best if len(best["rates"]) > 1 else max(alive, key=lambda s: (len(s["rates"]), s is best)))
+    o = best and swept["optimum"]
     return dict(runs=len(runs), finished=len(finished), seeds=len({r["seed"] for r in finished}),
                 minutes=sum(r["summary"].get("seconds") or 0 for r in runs) / 60,
                 unfinished=[r["name"] for r in runs if r["loss"] is None],
                 best=best and dict(setting=best["label"], lr=best["best_lr"], val_loss=best["best_loss"]),
-                use=best and dict(lr=float(f"{o['lr']:.2g}"), low=o["low"], high=o["high"]),
+                use=best and dict(setting=swept["label"], lr=float(f"{o['lr']:.2g}"), low=o["low"], high=o["high"]),
                 comparisons=comparisons, settings=settings)
 
 
@@ -603,7 +605,7 @@ def words(insights, meta):
         return head + (f"There is no answer: every rate tried, {rate(min(tried))} to {rate(max(tried))}, diverged or "
                        f"was stopped. Try lower ones: `{again} --lrs {rate(min(tried) / 10)}`.\n" if tried else
                        "No run has finished yet.\n")
-    s = next(s for s in insights["settings"] if s["label"] == best["setting"])
+    s = next(s for s in insights["settings"] if s["label"] == insights["use"]["setting"])
     o, rates, good, edge, top = s["optimum"], s["rates"], s["as_good"], s["edge"], rate(s["best_lr"])
     alone, span, text = len(rates) == 1, o["high"] / o["low"], []
     one_seed = all(len(r["seeds"]) == 1 for r in rates)
@@ -611,7 +613,7 @@ def words(insights, meta):
     def add(*parts, join=" "):
         text.append(join.join(x for x in parts if x))
 
-    add(f"**Use {rate(insights['use']['lr'])}{' with ' + best['setting'] if best['setting'] else ''}"
+    add(f"**Use {rate(insights['use']['lr'])}{' with ' + s['label'] if s['label'] else ''}"
         + (".** It is the only rate tried." if alone else
            ".** One seed cannot show which of its neighbours are as good." if one_seed else
            ".** Too few runs share their seeds to show which of its neighbours are as good." if not good else
@@ -620,7 +622,8 @@ def words(insights, meta):
            f".** {', '.join(map(rate, s['untested']))} had too few seeds to be told from {top}."))
     undecided = [c["worse"] for c in insights["comparisons"] if not c["shown"]]
     add(f"{plural(n, 'seed')} cannot tell {best['setting']} from {', '.join(undecided)}." if undecided else "",
-        f"The best rate tried was {top}, with a validation loss of {s['best_loss']:.3f} nats a token.",
+        "" if s["label"] == best["setting"] else f"Of the settings tried at {rate(best['lr'])}, {best['setting']} did best.",
+        f"The best rate tried{' with ' + s['label'] if s['label'] != best['setting'] else ''} was {top}, with a validation loss of {s['best_loss']:.3f} nats a token.",
         "" if alone else f"A curve fitted through the rates around it is lowest at {rate(o['lr'])}; 95% interval "
         f"{rate(o['low'])} to {rate(o['high'])} (bootstrap, {plural(n, 'seed')}{', paired' if n > 1 else ''})."
         if o["fitted"] else "No curve could be fitted around it (that takes a surviving rate on both sides, and 2 "

@@ -153,6 +153,14 @@ def test_several_settings_are_compared_together(tmp_path):
         again = sweep.compare(losses["warmup-ratio 0.05"], losses[c["worse"]], *sweep.noise_of(losses), 3)
         assert c["better"] == "warmup-ratio 0.05" and (c["low"], c["high"]) == (again["low"], again["high"])
     assert sweep.label({"warmup-ratio": "0.1", "min-lr-ratio": "0.05"}) == "conservative"
+    assert insights["use"]["setting"] == "warmup-ratio 0.05" == insights["best"]["setting"]
+    # settings compared at one rate of a swept one leave the rate to that one, also when one of them is ahead
+    runs += [dict(runs[3], name=f"swept-{lr}", lr=lr, args=dict(runs[3]["args"], lr=lr), train={},
+                  summary=dict(status="converged", seconds=6.0, final_val_loss=3.5)) for lr in (3e-4, 3e-3)]
+    insights = sweep.analyse(runs)
+    assert insights["best"]["setting"] == "warmup-ratio 0.05" and insights["use"]["setting"] == "warmup-ratio 0"
+    text = sweep.words(insights, {})
+    assert "with warmup-ratio 0" in text.split("\n\n")[1] and "warmup-ratio 0.05 did best" in text
 
 
 def test_it_seldom_calls_equal_settings_different():
