@@ -339,23 +339,22 @@ def main(argv=None):
 
     # The folder ------------------------------------------------------------------------------------------------------
     out = args.out or Path("runs/single") / f"{args.preset}-lr{args.lr:g}-s{args.seed}"
-    checkpoint, summary_path = out / "checkpoints/last.pt", out / "summary.json"
     if not args.dry_run:
-        while rank == 0 and not args.resume and summary_path.exists():
+        while rank == 0 and not args.resume and (out / "summary.json").exists():
             if args.out:
                 fail(f"{out} already holds a run; add --resume to continue it, or choose another --out")
             stem, _, n = out.name.partition("+")  # a default name never overwrites: +2, +3, ...
             out = out.with_name(f"{stem}+{int(n or 1) + 1}")
-            checkpoint, summary_path = out / "checkpoints/last.pt", out / "summary.json"
         try:
             out.mkdir(parents=True, exist_ok=True)
             (out / "training.log").open("a").close()
         except OSError as e:
             fail(f"cannot write to {out} ({e.strerror}); choose another --out")
-        if args.resume and summary_path.exists():
-            if json.loads(summary_path.read_text())["status"] not in ("running", "interrupted"):
+        if args.resume and (out / "summary.json").exists():
+            if json.loads((out / "summary.json").read_text())["status"] not in ("running", "interrupted"):
                 print(f"{out} is already finished")
                 return 0
+    checkpoint, summary_path = out / "checkpoints/last.pt", out / "summary.json"
 
     # Data, model, optimizers, schedule -------------------------------------------------------------------------------
     if world > 1:
@@ -380,11 +379,11 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)  # weights are drawn on the CPU: the same on every device
     model = Transformer(config, dtype).to(device)
-    params = list(model.parameters())
+    params, counts = list(model.parameters()), count_parameters(model)
     optimizers = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, (args.beta1, args.beta2), args.momentum,
                                  args.adamw_lr_ratio)
     schedule = make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
-    losses, backend = model.losses, pick_compile(args.compile, device, config, sum(p.numel() for p in params), n_tokens)
+    losses, backend = model.losses, pick_compile(args.compile, device, config, counts["total"], n_tokens)
     if backend:
         losses = torch.compile(losses, backend=backend)
         if device.type == "cuda":
@@ -408,7 +407,7 @@ def main(argv=None):
         changed = [k for k, v in settings.items() if saved["settings"].get(k) != v]
         if changed:
             fail(f"{out} was started with another --{changed[0].replace('_', '-')} "
-                             f"({saved['settings'].get(changed[0])}); repeat its flags, or choose another --out")
+                 f"({saved['settings'].get(changed[0])}); repeat its flags, or choose another --out")
         model.load_state_dict(saved["model"])
         for optimizer, s in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(s)
@@ -426,7 +425,7 @@ def main(argv=None):
                                     "tokens_per_sec", "val_loss", "val_accuracy", "val_perplexity", "val_bpb", *names], start)
         log_file = (out / "training.log").open("a")
         write_json(out / "config.json", dict(
-            args=vars(args), model=asdict(config), n_params=sum(p.numel() for p in params), data=corpus.meta,
+            args=vars(args), model=asdict(config), n_params=counts["total"], data=corpus.meta,
             versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             git_commit=git_commit(), device=str(device), device_name=describe(device), dtype=str(dtype)[6:], devices=world,
             compile=backend))
@@ -444,7 +443,6 @@ def main(argv=None):
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):  # once: finish the step and save; twice: now
         signal.signal(s, lambda *_: sys.exit(130) if stop else stop.append(True))
-    counts = count_parameters(model)
     say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters ({counts['used per token']:,} used per token), "
         f"vocabulary {config.vocab_size:,}; {args.max_steps} steps of {args.batch_size} x {config.context_length} tokens, "
         f"{n_tokens / len(corpus.train):.2g} times the training text; "
