@@ -174,8 +174,10 @@ class Attention(nn.Module):
         self.out = nn.Parameter(torch.empty(c.d_model, c.d_model))
 
     def forward(self, x, cos, sin):
-        q, k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in linear(x, self.qkv).chunk(3, dim=-1))  # (B, T, n_heads, d_head)
-        q, k, v = (t.transpose(1, 2) for t in (rope(q, cos, sin), rope(k, cos, sin), v))               # (B, n_heads, T, d_head)
+        qkv = linear(x, self.qkv).unflatten(-1, (3 * self.n_heads, -1))                    # (B, T, 3 n_heads, d_head)
+        qk, v = qkv.split((2 * self.n_heads, self.n_heads), dim=2)
+        q, k = rope(qk, cos, sin).chunk(2, dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                   # (B, n_heads, T, d_head)
         y = attend(q, k, v, self.dropout if self.training else 0.0)
         return linear(y.transpose(1, 2).flatten(2), self.out)
 

@@ -30,8 +30,9 @@ from itertools import groupby
 # ----------------------------------------------------------------------------------------------------------------------
 # AdamW
 
-def adamw_update(params, grads, m, v, step, lr, beta1, beta2, eps, weight_decay):
-    """One step on lists of tensors of equal shapes, in place. step (0-dim tensor) counts from 1."""
+def adamw_update(params, grads, m, v, step, scale, lr, beta1, beta2, eps, weight_decay):
+    """One step on lists of tensors of equal shapes, in place. step (0-dim tensor) counts from 1; grads count scale-fold."""
+    grads = torch._foreach_mul(grads, scale)
     correction1 = -torch.expm1(step * math.log(beta1)) if beta1 else 1.0  # 1 - beta^step without float32's cancellation
     correction2 = -torch.expm1(step * math.log(beta2)) if beta2 else step / step
     torch._foreach_mul_(params, 1 - lr * weight_decay)
@@ -58,7 +59,7 @@ class AdamW(torch.optim.Optimizer):
         self.update = adamw_update
 
     @torch.no_grad()
-    def step(self):
+    def step(self, scale=1.0):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
@@ -70,7 +71,7 @@ class AdamW(torch.optim.Optimizer):
                 torch._foreach_add_([s["step"] for s in states], 1)
                 # One bias correction serves the group: in a language model every tensor has a gradient at every step.
                 self.update(params, [p.grad for p in params], [s["m"] for s in states], [s["v"] for s in states],
-                            states[0]["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+                            states[0]["step"], scale, group["lr"], *group["betas"], group["eps"], group["weight_decay"])
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Muon
@@ -79,7 +80,7 @@ def newton_schulz(G, steps=5, dtype=torch.float32):
     """
     Approximate U V' of each matrix of G = U S V' (..., rows, cols), in `dtype` (bfloat16 or wider; never float16).
 
-    X <- a X + b (X X') X + c (X X')^2 X applies p(s) = a s + b s^3 + c s^5 to every singular value s <= 1. These
+    X <- (a I + b X X' + c (X X')^2) X applies p(s) = a s + b s^3 + c s^5 to every singular value s <= 1. These
     coefficients (Jordan et al.) rise fastest at 0, at the price of not settling: five steps bring singular values from
     [0.01, 1] into about [0.7, 1.2], which trains as well as exactly 1. A zero matrix stays zero.
     """
@@ -89,27 +90,30 @@ def newton_schulz(G, steps=5, dtype=torch.float32):
     X = X / (torch.linalg.matrix_norm(G, keepdim=True, dtype=torch.promote_types(dtype, torch.float32)) + 1e-7).to(dtype)
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X  # X X' is then the smaller of the two squares
+    I = torch.eye(X.size(-2), dtype=dtype, device=X.device)
     for _ in range(steps):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        X = (a * I + b * A + c * (A @ A)) @ X  # with a inside, the large X is touched by products alone
     return X.mT if tall else X
 
 
 def orthogonalize(matrices, ns_steps, dtype):
     """
-    newton_schulz of each tensor (..., rows, cols) of a list. On a GPU all that share rows and cols are one call: 20 times
-    faster than one at a time. On a CPU it is few matrices a call, because those stay in its cache: twice as fast as all.
+    newton_schulz of each tensor (..., rows, cols) of a list; tall ones are turned, so that all of one shape are one stack.
+    On a GPU a stack is one call: 20 times faster than one matrix at a time. On a CPU it is few matrices a call, because those
+    stay in its cache: twice as fast as all.
     """
-    def shape(i): return matrices[i].shape[-2:]
+    turned = [m.mT if m.size(-2) > m.size(-1) else m for m in matrices]
     out = [None] * len(matrices)
+    def shape(i): return turned[i].shape[-2:]
     for (rows, cols), members in groupby(sorted(range(len(matrices)), key=shape), key=shape):
         members = list(members)
-        stacks = [matrices[i].reshape(-1, rows, cols) for i in members]
+        stacks = [turned[i].reshape(-1, rows, cols) for i in members]
         stack = torch.cat(stacks)                                                             # (n, rows, cols)
         size = 2 if stack.is_cpu else len(stack)
         X = shared_out(lambda part: torch.cat([newton_schulz(G, ns_steps, dtype) for G in part.split(size)]), stack)
         for i, x in zip(members, X.split([len(s) for s in stacks])):
-            out[i] = x.reshape(matrices[i].shape)
+            out[i] = x.reshape(turned[i].shape) if turned[i] is matrices[i] else x.reshape(turned[i].shape).mT
     return out
 
 
@@ -118,16 +122,17 @@ def shared_out(f, stack):
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if world == 1:
         return f(stack)
-    n = math.ceil(len(stack) / world)
-    padded = torch.cat((stack, stack.new_zeros(n * world - len(stack), *stack.shape[1:])))
-    mine = f(padded.view(world, n, *stack.shape[1:])[dist.get_rank()]).contiguous()
+    n, rank = math.ceil(len(stack) / world), dist.get_rank()
+    mine = stack[rank * n:(rank + 1) * n]
+    mine = f(torch.cat((mine, mine.new_zeros(n - len(mine), *stack.shape[1:]))))  # equal shares, the last filled up
     parts = mine.new_empty(world * n, *stack.shape[1:])
     dist.all_gather_into_tensor(parts, mine)
     return parts[:len(stack)]
 
 
-def muon_update(params, grads, momenta, lr, momentum, weight_decay, ns_steps, dtype):
+def muon_update(params, grads, momenta, scale, lr, momentum, weight_decay, ns_steps, dtype):
     """One step on lists of tensors (..., rows, cols), in place. Nesterov momentum, then orthogonalization, then decay."""
+    grads = [g * scale for g in grads]
     for g, m in zip(grads, momenta):
         m.lerp_(g, 1 - momentum)
     updates = orthogonalize([g.lerp(m, momentum).to(dtype) for g, m in zip(grads, momenta)], ns_steps, dtype)
@@ -153,15 +158,15 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"Muon is for matrices; a tensor of shape {tuple(p.shape)} belongs to AdamW")
 
     @torch.no_grad()
-    def step(self):
+    def step(self, scale=1.0):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if p not in self.state:
                     self.state[p] = {"momentum": torch.zeros_like(p)}
             if params:
-                self.update(params, [p.grad for p in params], [self.state[p]["momentum"] for p in params], group["lr"],
-                            group["momentum"], group["weight_decay"], group["ns_steps"], self.dtype)
+                self.update(params, [p.grad for p in params], [self.state[p]["momentum"] for p in params], scale,
+                            group["lr"], group["momentum"], group["weight_decay"], group["ns_steps"], self.dtype)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Who gets what

@@ -202,35 +202,50 @@ def describe(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # One step, and one evaluation
 
-def make_step(losses, optimizers, params, args):
+def compiled(losses, optimizers, backend, device):
+    """torch.compile of the model, and on CUDA of the optimizers. Shapes never change, so none is made symbolic."""
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # else each start compiles half of it anew
+    if device.type == "cuda":
+        for optimizer in optimizers:
+            optimizer.update = torch.compile(optimizer.update, dynamic=False)
+    return torch.compile(losses, backend=backend, dynamic=False)
+
+
+def make_step(losses, optimizers, model, args):
     """
     step(x, y) -> (1 + router figures,) float32: the cross-entropy, the gradient's norm before clipping, the router's
     figures; x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for a GPU.
     """
+    params, world = list(model.parameters()), dist.get_world_size() if dist.is_initialized() else 1
+
     def step(x, y):
-        figures = 0
+        figures, share = 0, 1 / (len(x) * world)
         for xi, yi in zip(x, y):
             ce, router = losses(xi, yi)
             loss = ce if router is None else ce + args.balance_weight * router[:, 0].sum()
-            (loss / len(x)).backward()
+            (loss * share).backward()
             row = ce[None] if router is None else torch.cat((ce[None], router.flatten()))
-            figures = figures + row.detach() / len(x)
-        if dist.is_initialized():
-            average([p.grad for p in params] + [figures])
-        norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
-        for optimizer in optimizers:
-            optimizer.step()
+            figures = figures + row.detach() * share
+        grads = [p.grad for p in params]
+        if world > 1:
+            add_up(grads, model.dtype)
+            dist.all_reduce(figures)
+        norm = torch.nn.utils.get_total_norm(grads)
+        for optimizer in optimizers:  # clipping is a factor there, rather than a pass over all gradients here
+            optimizer.step(scale=args.grad_clip / norm.clamp(min=args.grad_clip) if args.grad_clip else 1.0)
             optimizer.zero_grad(set_to_none=True)
         return torch.cat((figures[:1], norm[None], figures[1:]))
     return step
 
 
-def average(tensors):
-    """Each tensor becomes its mean over all processes: one message for all of them."""
-    flat = torch.cat([t.flatten() for t in tensors])
+def add_up(tensors, dtype):
+    """Each tensor becomes its sum over all processes, in one message of `dtype`: that of the products which made them."""
+    sizes = [t.numel() for t in tensors]
+    flat = tensors[0].new_empty(sum(sizes), dtype=dtype)
+    parts = [part.view_as(t) for part, t in zip(flat.split(sizes), tensors)]
+    torch._foreach_copy_(parts, tensors)
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    torch._foreach_copy_(tensors, [f.view_as(t) for f, t in zip(flat.split([t.numel() for t in tensors]), tensors)])
+    torch._foreach_copy_(tensors, parts)
 
 
 def graphed(step, warmup=3):
@@ -379,19 +394,16 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)  # weights are drawn on the CPU: the same on every device
     model = Transformer(config, dtype).to(device)
-    params, counts = list(model.parameters()), count_parameters(model)
+    counts = count_parameters(model)
     optimizers = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, (args.beta1, args.beta2), args.momentum,
                                  args.adamw_lr_ratio)
     schedule = make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
     losses, backend = model.losses, pick_compile(args.compile, device, config, counts["total"], n_tokens)
     if backend:
-        losses = torch.compile(losses, backend=backend)
-        if device.type == "cuda":
-            for optimizer in optimizers:
-                optimizer.update = torch.compile(optimizer.update)
+        losses = compiled(losses, optimizers, backend, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    train_step = make_step(losses, optimizers, params, args)
+    train_step = make_step(losses, optimizers, model, args)
     # A graph cannot hold a wait for the host: experts need the fused grouped_mm, which Hopper and Blackwell have.
     fused = not config.n_experts or dtype == torch.bfloat16 and device.type == "cuda" and \
         torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -204,7 +204,7 @@ def test_fifty_steps_of_the_fast_path_follow_the_naive_one():
                 layer.forward = lambda x, layer=layer, plain=layer.forward: (naive_moe(layer, x), plain(x)[1])
         optimizers = build_optimizer(m, "muon", 0.02)
         losses = m.losses if fast else lambda x, y, m=m: (m(x, y)[1], m.hidden(x)[1])
-        step, curve = train.make_step(losses, optimizers, list(m.parameters()), args), []
+        step, curve = train.make_step(losses, optimizers, m, args), []
         for t in range(50):
             curve.append(step(*(b[None] for b in get_batch(tokens, 16, 32, 0, t)))[0].item())
         curves.append(torch.tensor(curve))

@@ -175,3 +175,17 @@ def test_state_survives_saving(tmp_path):
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError):
         bad(tensors(shapes=[(3, 3)]))
+
+
+@pytest.mark.parametrize("make", [AdamW, Muon])
+def test_scale_is_a_factor_on_the_gradients(make):
+    clipped, plain = tensors(shapes=[(8, 6), (3, 6, 8)]), tensors(shapes=[(8, 6), (3, 6, 8)])
+    one, other = make(clipped, lr=0.1), make(plain, lr=0.1)
+    for t in range(3):
+        for a, b in zip(clipped, plain):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad * 0.3 ** t
+        one.step(scale=torch.tensor(0.3 ** t))
+        other.step()
+    for a, b in zip(clipped, plain):
+        torch.testing.assert_close(a, b)

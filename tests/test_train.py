@@ -146,9 +146,9 @@ def test_accumulation_gives_the_same_gradients():
         model = Transformer(config, torch.float64).double()
         optimizers = build_optimizer(model, "adamw", 0.1)
         grads = []
-        optimizers[0].step = lambda: grads.extend(p.grad.clone() for p in model.parameters())
+        optimizers[0].step = lambda **_: grads.extend(p.grad.clone() for p in model.parameters())
         shape = (pieces, 8 // pieces, 16)
-        figures = train.make_step(model.losses, optimizers, list(model.parameters()), args)(
+        figures = train.make_step(model.losses, optimizers, model, args)(
             x[:, :-1].reshape(shape), x[:, 1:].reshape(shape))
         after.append([figures, *grads])
     for a, b in zip(*after):
@@ -164,6 +164,24 @@ def test_router_columns():
         assert sum(shares) == pytest.approx(1, abs=1e-5) and min(shares) >= 0
         assert 0 < float(last[f"router_entropy_L{layer}"]) <= math.log(4) + 1e-4
         assert 0.9 < float(last[f"balance_loss_L{layer}"]) < 4
+
+
+@pytest.mark.parametrize("clip", [0, 0.01, 100])
+def test_clipping_is_that_of_torch(clip):
+    config = ModelConfig(vocab_size=50, context_length=16, n_layers=1, n_heads=2, d_model=16, d_ff=24)
+    args, _ = train.parse_args(["--grad-clip", str(clip)])
+    torch.manual_seed(0)
+    model, (x, y) = Transformer(config), torch.randint(50, (2, 1, 4, 16))
+    optimizers, seen = build_optimizer(model, "adamw", 0.1), {}
+    def step(scale): seen.update({p: p.grad * scale for p in model.parameters()})
+    optimizers[0].step = step
+    figures = train.make_step(model.losses, optimizers, model, args)(x, y)
+    model.losses(x[0], y[0])[0].backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    assert 0.01 < norm < 100
+    torch.testing.assert_close(figures[1], norm)
+    for p in model.parameters():
+        torch.testing.assert_close(seen[p], p.grad)
 
 
 def test_two_processes_give_the_loss_of_one():
