@@ -99,21 +99,19 @@ def newton_schulz(G, steps=5, dtype=torch.float32):
 
 def orthogonalize(matrices, ns_steps, dtype):
     """
-    newton_schulz of each tensor (..., rows, cols) of a list; tall ones are turned, so that all of one shape are one stack.
-    On a GPU a stack is one call: 20 times faster than one matrix at a time. On a CPU it is few matrices a call, because those
-    stay in its cache: twice as fast as all.
+    newton_schulz of each tensor (..., rows, cols) of a list. On a GPU all that share rows and cols are one call: 30 times
+    faster than one at a time. On a CPU it is few matrices a call, because those stay in its cache: twice as fast as all.
     """
-    turned = [m.mT if m.size(-2) > m.size(-1) else m for m in matrices]
+    def shape(i): return matrices[i].shape[-2:]
     out = [None] * len(matrices)
-    def shape(i): return turned[i].shape[-2:]
     for (rows, cols), members in groupby(sorted(range(len(matrices)), key=shape), key=shape):
         members = list(members)
-        stacks = [turned[i].reshape(-1, rows, cols) for i in members]
+        stacks = [matrices[i].reshape(-1, rows, cols) for i in members]
         stack = torch.cat(stacks)                                                             # (n, rows, cols)
         size = 2 if stack.is_cpu else len(stack)
         X = shared_out(lambda part: torch.cat([newton_schulz(G, ns_steps, dtype) for G in part.split(size)]), stack)
         for i, x in zip(members, X.split([len(s) for s in stacks])):
-            out[i] = x.reshape(turned[i].shape) if turned[i] is matrices[i] else x.reshape(turned[i].shape).mT
+            out[i] = x.reshape(matrices[i].shape)
     return out
 
 
