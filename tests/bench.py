@@ -151,7 +151,7 @@ def flops_a_token(config, counts):
 
 def full_step(preset, batch_size, device, plain=False, **changes):
     """
-    A function that does one complete training step on random tokens as train.py does, and its model and optimizers.
+    A function that does one complete training step on random tokens, as train.py does by default, and what it is made of.
     plain: float32, logits in one piece, torch.optim.AdamW, no compile; and for MoE a loop over experts with masks.
     """
     import torch
@@ -174,7 +174,9 @@ def full_step(preset, batch_size, device, plain=False, **changes):
         losses = lambda x, y: (F.cross_entropy(F.linear(h := model.hidden(x)[0], model.head).flatten(0, 1), y.flatten()), None)
     else:
         optimizers = train.build_optimizer(model, args.optimizer, args.lr)
-        losses = train.compiled(model.losses, optimizers, "inductor", device) if device.type == "cuda" else model.losses
+        backend = train.pick_compile(None, device, config, sum(p.numel() for p in params),
+                                     batch_size * config.context_length * args.max_steps)
+        losses = train.compiled(model.losses, optimizers, backend, device) if backend else model.losses
     step = train.make_step(losses, optimizers, model, args)
     if device.type == "cuda" and not plain:
         step = train.graphed(step)
