@@ -360,11 +360,9 @@ def main(argv=None):
                 fail(f"{out} already holds a run; add --resume to continue it, or choose another --out")
             stem, _, n = out.name.partition("+")  # a default name never overwrites: +2, +3, ...
             out = out.with_name(f"{stem}+{int(n or 1) + 1}")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "training.log").open("a").close()
-        except OSError as e:
-            fail(f"cannot write to {out} ({e.strerror}); choose another --out")
+        there = next(path for path in (out, *out.parents) if path.exists())  # nothing is made before the data is ready
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            fail(f"cannot write to {there}; choose another --out")
         if args.resume and (out / "summary.json").exists():
             if json.loads((out / "summary.json").read_text())["status"] not in ("running", "interrupted"):
                 print(f"{out} is already finished")
@@ -433,6 +431,7 @@ def main(argv=None):
         f"balance_loss_L{i}", f"router_entropy_L{i}", *(f"share_L{i}_E{j}" for j in range(config.n_experts)))]
     master = rank == 0
     if master:
+        out.mkdir(parents=True, exist_ok=True)
         file, writer = open_metrics(out / "metrics.csv", ["step", "tokens", "elapsed", "lr", "train_loss", "grad_norm",
                                     "tokens_per_sec", "val_loss", "val_accuracy", "val_perplexity", "val_bpb", *names], start)
         log_file = (out / "training.log").open("a")
@@ -562,3 +561,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:  # before the loop, which handles it: nothing to save yet
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the lines has gone (| head): end without a traceback; --resume goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

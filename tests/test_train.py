@@ -213,6 +213,20 @@ def test_two_processes_give_the_loss_of_one():
     assert train.main([*SMALL, "--out", "pair", *flags, "--resume"]) == 0  # its checkpoint is one process's, too
 
 
+def test_a_closed_pipe_ends_the_run_quietly():
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *SMALL, "--max-steps", "2000", "--out", "pipe"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"parameters" in process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 1 and process.stderr.read() == b""
+
+
+def test_no_folder_is_left_when_there_is_no_data(capsys):
+    with pytest.raises(SystemExit):
+        train.main([*SMALL, "--data", "nowhere.txt", "--out", "new/run"])
+    assert not Path("new").exists()
+
+
 def test_existing_runs_are_not_overwritten(capsys):
     run("kept")
     with pytest.raises(SystemExit) as e:
