@@ -155,13 +155,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad = grad.to(h.dtype)
             grad_h.append(grad @ w)
             grad_w += grad.T @ rows
-        ctx.save_for_backward(torch.cat(grad_h), grad_w)  # of the sum over tokens
+        ctx.save_for_backward(torch.cat(grad_h), grad_w)  # of the sum over tokens; backward makes them those of the mean
         return loss / h.size(0)
 
     @staticmethod
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
-        grad = grad / grad_h.size(0)  # times that in float32: rounded to bfloat16 it would be up to 0.4% off for all
+        grad = grad / grad_h.size(0)  # used in float32: in bfloat16 it would put every gradient below off by up to 0.4%
         return (grad_h.to(grad.dtype) * grad).to(grad_h.dtype), grad_w * grad, None
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,10 +175,9 @@ class Attention(nn.Module):
         self.out = nn.Parameter(torch.empty(c.d_model, c.d_model))
 
     def forward(self, x, cos, sin):
-        qkv = linear(x, self.qkv).unflatten(-1, (3 * self.n_heads, -1))                    # (B, T, 3 n_heads, d_head)
+        qkv = linear(x, self.qkv).unflatten(-1, (3 * self.n_heads, -1))                     # (B, T, 3 n_heads, d_head)
         qk, v = qkv.split((2 * self.n_heads, self.n_heads), dim=2)
-        q, k = rope(qk, cos, sin).chunk(2, dim=2)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                   # (B, n_heads, T, d_head)
+        q, k, v = (t.transpose(1, 2) for t in (*rope(qk, cos, sin).chunk(2, dim=2), v))     # (B, n_heads, T, d_head)
         y = attend(q, k, v, self.dropout if self.training else 0.0)
         return linear(y.transpose(1, 2).flatten(2), self.out)
 

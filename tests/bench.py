@@ -151,7 +151,7 @@ def flops_a_token(config, counts):
 
 def full_step(preset, batch_size, device, plain=False, **changes):
     """
-    A function that does one complete training step on random tokens, as train.py does by default, and what it is made of.
+    (step, model, config, optimizers, losses): step() does one complete training step on random tokens, as train.py does.
     plain: float32, logits in one piece, torch.optim.AdamW, no compile; and for MoE a loop over experts with masks.
     """
     import torch
@@ -331,13 +331,13 @@ def bench_train(args):
             ms = median_ms(step, 3, (5 if kwargs else 20) if cuda else 1)
             row(f"{args.preset}, batch {batch_size}: {name}", ms, tokens, flops_a_token(config, count_parameters(model)), rate)
         x, y = torch.randint(config.vocab_size, (2, batch_size, config.context_length), device=device)
-        params = list(model.parameters())
+        params, one = list(model.parameters()), torch.ones((), device=device)
         forward = median_ms(lambda: losses(x, y), 3, 5 if cuda else 1)
         both = median_ms(lambda: losses(x, y)[0].backward(), 3, 5 if cuda else 1)
         row("  forward (with the head's gradient)", forward)
         row("  backward", both - forward)
         row("  gradient norm", median_ms(lambda: torch.nn.utils.get_total_norm([p.grad for p in params]), 3, 5))
-        row("  optimizer", median_ms(lambda: [o.step() for o in optimizers], 3, 5))
+        row("  optimizer", median_ms(lambda: [o.step(scale=one) for o in optimizers], 3, 5))
         tokens = torch.randint(config.vocab_size, (10**6,)).numpy().astype("uint16")
         import data
         row("  data", median_ms(lambda: data.get_batch(tokens, batch_size, config.context_length, 0, 0), 3, 5))

@@ -168,6 +168,20 @@ def test_bfloat16_stays_near_float32():
     assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.01
 
 
+def test_the_heads_gradient_has_the_right_size_in_bfloat16():
+    """Noise of bfloat16 averages out over a tensor; a factor that was rounded to it would not."""
+    torch.manual_seed(0)
+    h, w, t = torch.randn(96, 32).bfloat16(), torch.randn(50, 32) * 0.3, torch.randint(50, (96,))
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [x.detach().clone().requires_grad_() for x in (h.to(dtype), w.to(torch.promote_types(dtype, torch.float32)))]
+        loss = model.LinearCrossEntropy.apply(*leaves, t)  # 96 / 0.2 is no power of two
+        (loss * 0.2).backward()
+        grads.append([x.grad.double() for x in leaves])
+    for mine, exact in zip(*grads):
+        assert (mine * exact).sum() / (exact * exact).sum() == pytest.approx(1, abs=1e-3)
+
+
 def test_generate():
     m, (x, _) = make(SMALL, torch.float32), batch(SMALL)
     greedy = m.generate(x[:, :4], 20, temperature=0)  # beyond the context: the oldest tokens fall out

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 import data
@@ -167,20 +168,24 @@ def test_router_columns():
 
 
 @pytest.mark.parametrize("n_experts", [0, 4])
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_compiled_steps_are_those_of_the_plain_one(n_experts):
-    """With the backend of MPS, which needs no C++ compiler: what is traced is the same for all."""
+    """With the backend of MPS, which needs no C++ compiler; and nothing is compiled again and again."""
     config = ModelConfig(vocab_size=50, context_length=16, n_layers=2, n_heads=2, d_model=16, d_ff=24, n_experts=n_experts)
     args, _ = train.parse_args([])
-    (x, y), curves = torch.randint(50, (2, 1, 4, 16)), []
+    batches, curves = torch.randint(50, (12, 2, 1, 4, 16)) // 5, []
     for backend in (None, "aot_eager"):
         torch.manual_seed(0)
         model = Transformer(config)
-        optimizers = build_optimizer(model, "adamw", 0.01)
+        optimizers = build_optimizer(model, "muon", 0.03)
+        if backend:
+            for optimizer in optimizers:  # as on CUDA
+                optimizer.update = torch.compile(optimizer.update, backend=backend, dynamic=False)
         losses = train.compiled(model.losses, optimizers, backend, torch.device("cpu")) if backend else model.losses
         step = train.make_step(losses, optimizers, model, args)
-        curves.append(torch.stack([step(x, y) for _ in range(4)]))
-    torch.testing.assert_close(*curves)
-    assert curves[0][3, 0] < curves[0][0, 0] - 0.1
+        curves.append(torch.stack([step(x, y) for x, y in batches]))
+    torch.testing.assert_close(*curves, rtol=1e-3, atol=1e-4)
+    assert curves[0][-1, 0] < curves[0][0, 0] - 0.1
 
 
 @pytest.mark.parametrize("clip", [0, 0.01, 100])
@@ -202,7 +207,7 @@ def test_clipping_is_that_of_torch(clip):
 
 
 def test_two_processes_give_the_loss_of_one():
-    flags = ["--dtype", "float32", "--optimizer", "muon", "--lr", "0.02"]
+    flags = ["--dtype", "float32", "--optimizer", "muon", "--lr", "0.02", "--n-layers", "3"]  # 3 matrices do not halve
     alone = run("alone", *flags)[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py"]
     subprocess.run([*command, *SMALL, "--out", "pair", *flags], check=True, capture_output=True,
