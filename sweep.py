@@ -623,7 +623,8 @@ def words(insights, meta):
     undecided = [c["worse"] for c in insights["comparisons"] if not c["shown"]]
     add(f"{plural(n, 'seed')} cannot tell {best['setting']} from {', '.join(undecided)}." if undecided else "",
         "" if s["label"] == best["setting"] else f"Of the settings tried at {rate(best['lr'])}, {best['setting']} did best.",
-        f"The best rate tried{' with ' + s['label'] if s['label'] != best['setting'] else ''} was {top}, with a validation loss of {s['best_loss']:.3f} nats a token.",
+        f"The best rate tried{' with ' + s['label'] if s['label'] != best['setting'] else ''} was {top}, with a validation loss of "
+        f"{s['best_loss']:.3f} nats a token.",
         "" if alone else f"A curve fitted through the rates around it is lowest at {rate(o['lr'])}; 95% interval "
         f"{rate(o['low'])} to {rate(o['high'])} (bootstrap, {plural(n, 'seed')}{', paired' if n > 1 else ''})."
         if o["fitted"] else "No curve could be fitted around it (that takes a surviving rate on both sides, and 2 "
