@@ -176,7 +176,7 @@ def full_step(preset, batch_size, device, plain=False, **changes):
         optimizers = train.build_optimizer(model, args.optimizer, args.lr)
         backend = train.pick_compile(None, device, config, sum(p.numel() for p in params),
                                      batch_size * config.context_length * args.max_steps)
-        losses = train.compiled(model.losses, optimizers, backend, device) if backend else model.losses
+        losses = train.compiled(model.losses, optimizers, backend) if backend else model.losses
     step = train.make_step(losses, optimizers, model, args)
     if device.type == "cuda" and not plain:
         step = train.graphed(step)
