@@ -362,7 +362,7 @@ def main(argv=None):
                 fail(f"{out} already holds a run; add --resume to continue it, or choose another --out")
             stem, _, n = out.name.partition("+")  # a default name never overwrites: +2, +3, ...
             out = out.with_name(f"{stem}+{int(n or 1) + 1}")
-        there = next(path for path in (out, *out.parents) if path.exists())  # nothing is made before the data is ready
+        there = next(path for path in (out, *out.parents) if os.path.exists(path))  # nothing is made before the data is ready
         if not (there.is_dir() and os.access(there, os.W_OK)):
             fail(f"cannot write to {there}; choose another --out")
         if args.resume and (out / "summary.json").exists():
