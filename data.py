@@ -558,6 +558,10 @@ def parallel(pool, work, tasks, label):
             bar.update(task[0])
 
 
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def choose_validation(docs):
     """The documents with the lowest hashes, until they have 5% of the bytes (10% of a small corpus, at most 16 MB).
     A document's content decides, so equal documents stand on the same side."""
@@ -575,9 +579,8 @@ def prepare(source, vocab_size, folder):
     folder.mkdir()
     val_tasks = plan([source.val_file]) if source.val_file else []
     tasks = plan(source.files, source.limit, source.block, "train" if val_tasks else None)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     context = get_context("fork" if sys.platform == "linux" else "spawn")  # forked processes need not import anything
-    pool = ProcessPoolExecutor(max(min(cores, len(tasks), 16), 1), context, start_worker)
+    pool = ProcessPoolExecutor(max(min(cores(), len(tasks), 16), 1), context, start_worker)
     with pool, open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         scanned = np.concatenate([np.zeros((0, 2), np.uint64), *parallel(pool, scan, val_tasks or tasks, "reading")])
         held_out = frozenset(scanned[:, 0].tolist()) if val_tasks else choose_validation(scanned)

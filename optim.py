@@ -10,7 +10,7 @@ so lr is roughly the distance that each single weight moves a step. ^ divides by
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) treats a matrix as a matrix: it replaces the averaged
 gradient U S V' by U V', every singular value 1. The few directions that dominate a gradient no longer drown the others, and
 lr is the distance that the matrix moves in every direction. It is for matrices between hidden states only; embeddings, the
-head and norms stay with AdamW. U V' comes from five matrix products (Newton-Schulz) in place of an SVD.
+head and norms stay with AdamW. U V' comes from five times three matrix products (Newton-Schulz) in place of an SVD.
 
 Each method is a pure function on lists of tensors, `adamw_update` and `muon_update`; the classes around them only keep
 state. All work is done in a few large calls: torch._foreach_* runs one operation over many tensors at once, and matrices
@@ -21,11 +21,10 @@ weights' device can be changed between steps that a CUDA graph or a compiled fun
 """
 
 import math
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
-
-from itertools import groupby
 
 # ----------------------------------------------------------------------------------------------------------------------
 # AdamW
@@ -108,8 +107,7 @@ def orthogonalize(matrices, ns_steps, dtype):
     for (rows, cols), members in groupby(sorted(range(len(matrices)), key=shape), key=shape):
         members = list(members)
         stacks = [matrices[i].reshape(-1, rows, cols) for i in members]
-        stack = torch.cat(stacks)                                                             # (n, rows, cols)
-        X = shared_out(lambda part: newton_schulz(part, ns_steps, dtype), stack)
+        X = shared_out(lambda part: newton_schulz(part, ns_steps, dtype), torch.cat(stacks))  # (n, rows, cols)
         for i, x in zip(members, X.split([len(s) for s in stacks])):
             out[i] = x.reshape(matrices[i].shape)
     return out

@@ -344,10 +344,10 @@ def legend(fig, runs, colours, styles, by_setting):
 
 
 def draw_valley(dir, runs, insights, colours, styles):
-    """Final loss against rate: every run, the fitted curve, the interval of the optimum, the edge, and what diverged.
-    Beside it the neighbourhood of the optimum again, where there are enough rates to look closer."""
+    """Final loss against rate: every run, and of the setting that the analysis tells of, the fitted curve, the interval of the
+    optimum and the edge. Beside it the neighbourhood of the optimum again, where there are enough rates to look closer."""
     ended = [r for r in runs if r["loss"] is not None]
-    best = next((s for s in insights["settings"] if s["label"] == (insights["best"] or {}).get("setting")), None)
+    best = next((s for s in insights["settings"] if s["label"] == (insights["use"] or {}).get("setting")), None)
     o, edge = (best["optimum"], best["edge"]) if best else (None, None)
     close = [lr for lr in sorted(colours) if o and o["low"] / 2.5 < lr < o["high"] * 2.5]
     closer = 3 <= len(close) < len(colours)

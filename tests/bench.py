@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def bench_data(args):
     """--mb of text (default: the Python code of this installation; or --file), a vocabulary of 10,000."""
+    import data
     parser = argparse.ArgumentParser(prog="bench.py data")
     parser.add_argument("--mb", type=int, default=100)
     parser.add_argument("--vocab-size", type=int, default=10_000)
@@ -39,7 +40,7 @@ def bench_data(args):
                 for document in file_documents(args.file) if args.file else code_documents():
                     if size < args.mb * 10**6 and (document := document.strip()):
                         size += file.write(document.encode() + b"<|endoftext|>")
-        print(f"{size / 1e6:.1f} MB (the same {rounds} times), {args.vocab_size:,} tokens, {data_cores()} cores")
+        print(f"{size / 1e6:.1f} MB (the same {rounds} times), {args.vocab_size:,} tokens, {data.cores()} cores")
         for name, work in {"data.py": data_ours, "tokenizers": data_theirs}.items():
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # memory is counted for a process of its own
                 try:
@@ -52,10 +53,6 @@ def bench_data(args):
         ours, theirs = ([part.tobytes() for part in np.split(ids, np.flatnonzero(ids == 0))] for ids in (ours, theirs))
         print(f"{len(ours) - 1:,} documents; with other ids (characters newer than this Python's Unicode tables): "
               f"{sum(a != b for a, b in zip(ours, theirs)) + abs(len(ours) - len(theirs)):,}")
-
-
-def data_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def file_documents(path):
@@ -82,7 +79,7 @@ def data_ours(path, vocab_size):
     """The passes of data.prepare, timed."""
     import data
     tasks, start = data.plan([path]), time.time()
-    with ProcessPoolExecutor(data_cores(), get_context("fork")) as pool:
+    with ProcessPoolExecutor(data.cores(), get_context("fork")) as pool:
         pieces = Counter()
         for part in data.parallel(pool, partial(data.count, held_out=frozenset()), tasks, "counting"):
             pieces.update(part)
@@ -94,7 +91,7 @@ def data_ours(path, vocab_size):
             for ids, *_ in data.parallel(pool, work, tasks, "encoding"):
                 out.write(ids)
         encoded = time.time()
-    return trained - start, encoded - trained, peak_memory(data_cores())
+    return trained - start, encoded - trained, peak_memory(data.cores())
 
 
 def data_theirs(path, vocab_size):
