@@ -180,6 +180,16 @@ def pick_compile(wanted, device, config, n_params, tokens):
     return {"cuda": "inductor", "mps": "aot_eager"}.get(device.type, "inductor" if wanted or long_run else None)
 
 
+def pick_graph(device, dtype, config, backend):
+    """
+    Whether a step can be recorded as a CUDA graph, which holds no wait for the host and draws no new random numbers: experts need
+    the fused grouped_mm, which Hopper and Blackwell have for bfloat16, and dropout rules it out.
+    """
+    if device.type != "cuda" or not backend or config.dropout:
+        return False
+    return not config.n_experts or dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def keep_freed_memory():
     """
     Tell glibc to keep large freed blocks. By default it returns them to the system, and every activation of every step is
@@ -404,10 +414,7 @@ def main(argv=None):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     train_step = make_step(losses, optimizers, model, args)
-    # A graph cannot hold a wait for the host: experts need the fused grouped_mm, which Hopper and Blackwell have.
-    fused = not config.n_experts or dtype == torch.bfloat16 and device.type == "cuda" and \
-        torch.cuda.get_device_capability(device)[0] in (9, 10)
-    if device.type == "cuda" and backend and fused and not args.dropout:
+    if pick_graph(device, dtype, config, backend):
         train_step = graphed(train_step)
 
     # State: fresh, or the checkpoint's -------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def full_step(preset, batch_size, device, plain=False, **changes):
     import model as m
     import train
     args, config = train.parse_args(["--preset", preset, "--batch-size", str(batch_size), "--device", str(device)])
-    config, dtype = replace(config, **changes), train.pick_dtype("auto", device)
+    config, dtype, backend = replace(config, **changes), train.pick_dtype("auto", device), None
     torch.manual_seed(0)
     model = m.Transformer(config, torch.float32 if plain else dtype).to(device)
     params = list(model.parameters())
@@ -175,7 +175,7 @@ def full_step(preset, batch_size, device, plain=False, **changes):
                                      batch_size * config.context_length * args.max_steps)
         losses = train.compiled(model.losses, optimizers, backend) if backend else model.losses
     step = train.make_step(losses, optimizers, model, args)
-    if device.type == "cuda" and not plain:
+    if train.pick_graph(device, dtype, config, backend):
         step = train.graphed(step)
     tokens = torch.randint(config.vocab_size, (10**6,)).numpy().astype("uint16")
     count = iter(range(10**9))

@@ -287,6 +287,18 @@ def test_dtype_and_compile_are_chosen_by_the_hardware(monkeypatch):
     assert train.pick_device("auto").type == "cuda"
 
 
+def test_a_step_is_a_cuda_graph_where_nothing_in_it_waits_for_the_host(monkeypatch):
+    cuda, dense, moe = torch.device("cuda"), ModelConfig(), ModelConfig(n_experts=4)
+    for hopper in (True, False):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if hopper else (8, 0))
+        assert train.pick_graph(cuda, torch.bfloat16, dense, "inductor")
+        assert train.pick_graph(cuda, torch.bfloat16, moe, "inductor") == hopper
+        assert not train.pick_graph(cuda, torch.float32, moe, "inductor")
+        assert not train.pick_graph(cuda, torch.bfloat16, dense, None)
+        assert not train.pick_graph(cuda, torch.bfloat16, ModelConfig(dropout=0.1), "inductor")
+    assert not train.pick_graph(torch.device("cpu"), torch.bfloat16, dense, "inductor")
+
+
 def test_one_step_and_one_log_row_are_enough():
     assert run("one", "--max-steps", "1")[1]["steps"] == 1
     assert run("few", "--log-interval", "15")[1]["status"] in ("converged", "slow")
