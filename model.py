@@ -112,11 +112,10 @@ def grouped_linear(x, weight, ends):
     ends (n_experts,) int32 holds the row at which each expert's slice ends; an empty slice is fine.
     On CUDA one kernel reads `ends` on the device; elsewhere a loop over slices is as fast (tests/bench.py moe).
     """
-    weight = weight.to(x.dtype)
     if x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
-        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+        return F.grouped_mm(x, weight.mT.to(x.dtype), offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight)])
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.to(x.dtype))])
 
 
 class Permute(torch.autograd.Function):
@@ -137,24 +136,24 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     Logits are by far the largest tensor of a small model (dense preset: 32,768 tokens x 10,000 words). Their gradient is
     known as soon as they are, softmax - onehot, so a slice of tokens is carried to the end of both passes and forgotten.
+    Measured from its target's logit l_t a token's loss is log(sum_j e_j) with e_j = exp(l_j - l_t), and the gradient is
+    (e_j - [j = t] sum_i e_i) / sum_i e_i: one pass over the logits, the division being done on the far smaller h. That sum is
+    at least 1; so that it stays finite, l_j - l_t is cut at 70, which only a token with a loss of over 70 nats can notice.
     """
     @staticmethod
     def forward(ctx, h, weight, targets):
         w, wide = weight.to(h.dtype), torch.promote_types(h.dtype, torch.float32)
         loss, grad_h, grad_w = h.new_zeros((), dtype=wide), [], torch.zeros_like(weight)
         # A slice's logits should stay in the cache (GPU: in memory), but every slice reads and writes all of grad_w.
-        n_slices = math.ceil(h.size(0) * w.size(0) / max(2**26 if h.is_cuda else 2**22, w.numel()))
-        for rows, t in zip(h.chunk(n_slices), targets.chunk(n_slices)):
-            logp = F.log_softmax(rows @ w.T, dim=-1, dtype=wide)
-            loss = loss - logp.gather(1, t[:, None]).sum()
-            if h.is_cuda:  # a comparison, since the compiler fuses it into one pass
-                grad = logp.exp() - (torch.arange(w.size(0), device=t.device) == t[:, None]).to(wide)
-            else:
-                grad = logp.exp_()
-                grad[torch.arange(t.size(0)), t] -= 1
-            grad = grad.to(h.dtype)
-            grad_h.append(grad @ w)
-            grad_w += grad.T @ rows
+        n_slices = math.ceil(h.size(0) * w.size(0) / max(2**28 if h.is_cuda else 2**22, w.numel()))
+        for rows, t in zip(h.chunk(n_slices), targets[:, None].chunk(n_slices)):
+            logits = rows @ w.T
+            e = logits.sub(logits.gather(1, t).to(wide)).clamp_(max=70).exp_()
+            total = e.sum(-1, keepdim=True)
+            loss = loss + total.log().sum()
+            grad = e.to(h.dtype).scatter_(1, t, (1 - total).to(h.dtype))
+            grad_h.append(((grad @ w) / total).to(h.dtype))
+            grad_w += grad.T @ (rows / total).to(h.dtype)
         ctx.save_for_backward(torch.cat(grad_h), grad_w)  # of the sum over tokens; backward makes them those of the mean
         return loss / h.size(0)
 
@@ -207,10 +206,11 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)                                                # (N, d)
         wide = torch.promote_types(x.dtype, torch.float32)                      # routing decisions deserve full precision
         probs = F.linear(tokens.to(wide), self.router).softmax(-1)              # (N, n_experts)
-        weights, experts = probs.topk(k)                                        # (N, k)
+        weights, experts = (t[:, :k] for t in probs.sort(descending=True))      # (N, k); topk does not fuse
         weights = weights / weights.sum(-1, keepdim=True)
 
-        order = experts.flatten().to(torch.int16).argsort(stable=True)          # (N k,) assignments, sorted by expert
+        narrow = torch.uint8 if n_experts <= 256 else torch.int16               # a byte is sorted in one pass
+        order = experts.flatten().to(narrow).argsort(stable=True)               # (N k,) assignments, sorted by expert
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         chosen = experts.flatten()[:, None] == torch.arange(n_experts, device=x.device)
         counts = chosen.sum(0)                                                  # (n_experts,) without a host sync

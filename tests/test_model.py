@@ -182,6 +182,30 @@ def test_the_heads_gradient_has_the_right_size_in_bfloat16():
         assert (mine * exact).sum() / (exact * exact).sum() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("size", [0.01, 1.0, 12.0])  # of the logits: losses of one token up to 50 nats, or down to 1e-9
+def test_the_head_is_torchs_cross_entropy(size):
+    torch.manual_seed(0)
+    h, w, t = torch.randn(300, 8), torch.randn(70, 8) * size / 3, torch.randint(70, (300,))
+    h[:20] = w[t[:20]] * 50 / size  # sure of its target
+    mine, theirs = ([x.clone().requires_grad_() for x in (h, w)] for _ in range(2))
+    losses = model.LinearCrossEntropy.apply(*mine, t), F.cross_entropy(F.linear(*theirs), t)
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_stays_finite_where_a_run_diverges(dtype):
+    h, w, t = torch.tensor([[500.0], [1.0]], dtype=dtype), torch.tensor([[-1.0], [1.0], [0.9]]), torch.tensor([0, 1])
+    h.requires_grad_(), w.requires_grad_()
+    loss = model.LinearCrossEntropy.apply(h, w, t)  # the first token's loss is 1,000 nats
+    loss.backward()
+    assert 35 < loss < 36 and h.grad.isfinite().all() and w.grad.isfinite().all()
+    assert h.grad[0] > 0 and w.grad[0] < 0 < w.grad[1]  # and the way out is known
+
+
 def test_generate():
     m, (x, _) = make(SMALL, torch.float32), batch(SMALL)
     greedy = m.generate(x[:, :4], 20, temperature=0)  # beyond the context: the oldest tokens fall out
