@@ -62,6 +62,16 @@ def test_newton_schulz_is_nearly_the_polar_factor(shape, dtype):
     assert off.abs().max() < (1e-4 if dtype == torch.float32 else 0.06)
 
 
+@pytest.mark.parametrize("shape", [(7, 7), (9, 4), (4, 9), (3, 8, 5)])
+def test_newton_schulz_is_the_formula(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape, dtype=torch.float64) * 30
+    X = G / torch.linalg.matrix_norm(G, keepdim=True)
+    for steps in range(1, 6):
+        X = 3.4445 * X - 4.7750 * X @ X.mT @ X + 2.0315 * X @ X.mT @ X @ X.mT @ X
+        torch.testing.assert_close(newton_schulz(G, steps, torch.float64), X, rtol=1e-5, atol=1e-8)
+
+
 def test_newton_schulz_of_zero_and_of_a_stack():
     torch.manual_seed(0)
     stack = torch.randn(4, 6, 9)
