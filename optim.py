@@ -26,6 +26,12 @@ from itertools import groupby
 import torch
 import torch.distributed as dist
 
+class Optimizer(torch.optim.Optimizer):
+    """torch's, whose methods import the compiler to be kept out of compiled code: 1 s of every start, also without --compile."""
+    add_param_group, zero_grad, state_dict, load_state_dict = (getattr(method, "__wrapped__", method) for method in (
+        torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad, torch.optim.Optimizer.state_dict,
+        torch.optim.Optimizer.load_state_dict))
+
 # ----------------------------------------------------------------------------------------------------------------------
 # AdamW
 
@@ -46,7 +52,7 @@ def adamw_update(params, grads, m, v, step, scale, lr, beta1, beta2, eps, weight
     torch._foreach_sub_(params, update)
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(Optimizer):
     """
     params: tensors or groups of them; lr > 0; betas in [0, 1); weight_decay is decoupled from the gradient and
     multiplied by lr, as in torch.optim.AdamW, which gives the same numbers. Raises ValueError on anything else.
@@ -146,7 +152,7 @@ def muon_update(params, grads, momenta, scale, lr, momentum, weight_decay, ns_st
         p.mul_(1 - lr * weight_decay).sub_(update.to(p.dtype) * (lr * stretch))
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """
     params: tensors (..., rows, cols), leading dimensions being a stack of separate matrices; lr > 0; momentum in [0, 1);
     dtype: precision of Newton-Schulz, bfloat16 where products in it are fast. Raises ValueError on anything else.

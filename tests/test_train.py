@@ -210,12 +210,19 @@ def test_two_processes_give_the_loss_of_one():
     flags = ["--dtype", "float32", "--optimizer", "muon", "--lr", "0.02", "--n-layers", "3"]  # 3 matrices do not halve
     alone = run("alone", *flags)[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py"]
-    subprocess.run([*command, *SMALL, "--out", "pair", *flags], check=True, capture_output=True,
-                   env=dict(os.environ, OMP_NUM_THREADS="1"))
+    pair = subprocess.run([*command, *SMALL, "--out", "pair", *flags], capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert pair.returncode == 0, pair.stderr
     for a, b in zip(alone, rows("pair"), strict=True):
         for key in a:
             assert (a[key] == b[key] == "") or float(a[key]) == pytest.approx(float(b[key]), rel=1e-3), (key, a["step"])
     assert train.main([*SMALL, "--out", "pair", *flags, "--resume"]) == 0  # its checkpoint is one process's, too
+
+
+def test_a_plain_run_does_not_import_the_compiler():  # it would take a second of every start
+    code = "import sys, train; train.main(sys.argv[1:]); sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, *SMALL, "--out", "plain"], check=True, capture_output=True,
+                   env=dict(os.environ, PYTHONPATH=str(ROOT)))
 
 
 def test_a_closed_pipe_ends_the_run_quietly():
