@@ -26,11 +26,28 @@ from itertools import groupby
 import torch
 import torch.distributed as dist
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What both classes share
+
 class Optimizer(torch.optim.Optimizer):
-    """torch's, whose methods import the compiler to be kept out of compiled code: 1 s of every start, also without --compile."""
+    """
+    torch's bookkeeping of groups and state; a subclass says what the `fresh` state of a parameter is and how to `update_group`.
+    """
+    # As torch wraps them they import its compiler, to be kept out of compiled code: 1 s of every start, also of a plain run.
     add_param_group, zero_grad, state_dict, load_state_dict = (getattr(method, "__wrapped__", method) for method in (
         torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad, torch.optim.Optimizer.state_dict,
         torch.optim.Optimizer.load_state_dict))
+
+    @torch.no_grad()
+    def step(self, scale=1.0):
+        """Update all that has a gradient, after multiplying it by scale, a float or a 0-dim tensor: so train.py clips."""
+        for group in self.param_groups:
+            params = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape[-2:])
+            for p in params:
+                if p not in self.state:
+                    self.state[p] = self.fresh(p)
+            if params:
+                self.update_group(group, params, [p.grad for p in params], [self.state[p] for p in params], scale)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # AdamW
@@ -56,7 +73,6 @@ class AdamW(Optimizer):
     """
     params: tensors or groups of them; lr > 0; betas in [0, 1); weight_decay is decoupled from the gradient and
     multiplied by lr, as in torch.optim.AdamW, which gives the same numbers. Raises ValueError on anything else.
-    step(scale) multiplies the gradients by scale, a float or a 0-dim tensor: that is how train.py clips them.
     """
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         check(lr=(lr, lr > 0), betas=(betas, all(0 <= b < 1 for b in betas)), eps=(eps, eps >= 0),
@@ -64,20 +80,14 @@ class AdamW(Optimizer):
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
         self.update = adamw_update
 
-    @torch.no_grad()
-    def step(self, scale=1.0):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if p not in self.state:
-                    self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p),
-                                     "step": torch.zeros((), device=p.device)}
-            states = [self.state[p] for p in params]
-            if params:
-                torch._foreach_add_([s["step"] for s in states], 1)
-                # One bias correction serves the group: in a language model every tensor has a gradient at every step.
-                self.update(params, [p.grad for p in params], [s["m"] for s in states], [s["v"] for s in states],
-                            states[0]["step"], scale, group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    def fresh(self, p):
+        return {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "step": torch.zeros((), device=p.device)}
+
+    def update_group(self, group, params, grads, states, scale):
+        torch._foreach_add_([s["step"] for s in states], 1)
+        # One bias correction serves the group: in a language model every tensor has a gradient at every step.
+        self.update(params, grads, [s["m"] for s in states], [s["v"] for s in states], states[0]["step"], scale, group["lr"],
+                    *group["betas"], group["eps"], group["weight_decay"])
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Muon
@@ -92,7 +102,7 @@ def newton_schulz(G, steps=5, dtype=torch.float32):
     """
     assert G.ndim >= 2 and dtype != torch.float16
     a, b, c = 3.4445, -4.7750, 2.0315
-    X, tall, size = G.to(dtype), G.size(-2) > G.size(-1), 1
+    X, tall = G.to(dtype), G.size(-2) > G.size(-1)
     I = torch.eye(min(G.shape[-2:]), dtype=dtype, device=G.device)
     for i in range(steps):
         A = X.mT @ X if tall else X @ X.mT  # X (X'X) is (X X') X: take the smaller square
@@ -156,7 +166,6 @@ class Muon(Optimizer):
     """
     params: tensors (..., rows, cols), leading dimensions being a stack of separate matrices; lr > 0; momentum in [0, 1);
     dtype: precision of Newton-Schulz, bfloat16 where products in it are fast. Raises ValueError on anything else.
-    step(scale) multiplies the gradients by scale, as AdamW's.
     """
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5, dtype=torch.float32):
         check(lr=(lr, lr > 0), momentum=(momentum, 0 <= momentum < 1), weight_decay=(weight_decay, weight_decay >= 0),
@@ -167,16 +176,12 @@ class Muon(Optimizer):
             if p.ndim < 2:
                 raise ValueError(f"Muon is for matrices; a tensor of shape {tuple(p.shape)} belongs to AdamW")
 
-    @torch.no_grad()
-    def step(self, scale=1.0):
-        for group in self.param_groups:
-            params = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape[-2:])
-            for p in params:
-                if p not in self.state:
-                    self.state[p] = {"momentum": torch.zeros_like(p)}
-            if params:
-                self.update(params, [p.grad for p in params], [self.state[p]["momentum"] for p in params], scale,
-                            group["lr"], group["momentum"], group["weight_decay"], group["ns_steps"], self.dtype)
+    def fresh(self, p):
+        return {"momentum": torch.zeros_like(p)}
+
+    def update_group(self, group, params, grads, states, scale):
+        self.update(params, grads, [s["momentum"] for s in states], scale, group["lr"], group["momentum"], group["weight_decay"],
+                    group["ns_steps"], self.dtype)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Who gets what
