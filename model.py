@@ -93,7 +93,7 @@ def attend(q, k, v, dropout=0.0):
     if not q.is_cpu:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     # On a CPU the fused kernel's backward is slow at these sizes; plain products over blocks of queries, each with the
-    # keys up to its end, take half its time for the dense preset and a fifth for tiny (tests/bench.py attention).
+    # keys up to its end, take half its time for the dense preset and a fifth for tiny (tests/bench.py train).
     shape, T, out = q.shape, q.size(-2), []
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     for i in range(0, T, 128):

@@ -248,6 +248,8 @@ def step_ms(batch_size, device, repeats, inner, kwargs):
 def bench_moe(args):
     """The moe preset: complete steps, Newton-Schulz, the optimizers. --batch-size 16 (default), of 512 tokens."""
     import torch
+    import torch.nn.functional as F
+    from model import grouped_linear
     from optim import AdamW, is_hidden_matrix, newton_schulz
     parser = argparse.ArgumentParser(prog="bench.py moe")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -276,6 +278,13 @@ def bench_moe(args):
                     "  stacked and compiled": lambda: run(stack, 5, model.dtype)}.items():
         if cuda or "compiled" not in name:
             row(name, median_ms(f, 3, 5 if cuda else 1))
+    layer = model.blocks[0].feed_forward.up.detach().to(model.dtype).requires_grad_()
+    x = torch.randn(2 * tokens, layer.size(2), device=device, dtype=model.dtype, requires_grad=True)
+    ends = torch.arange(1, len(layer) + 1, device=device, dtype=torch.int32) * (len(x) // len(layer))
+    for name, f in {"products of one layer's experts, both passes, this project": grouped_linear,
+                    "  torch's grouped_mm": lambda x, w, ends: F.grouped_mm(x, w.mT, offs=ends)}.items():
+        if hasattr(F, "grouped_mm") or "torch" not in name:
+            row(name, median_ms(lambda: f(x, layer, ends).backward(x.new_ones(len(x), layer.size(1))), 3, 5))
     params = list(model.parameters())
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
@@ -311,7 +320,8 @@ def bench_train(args):
     """--preset dense, --batch-size: complete steps beside a plain reference, where a step's time goes, and start-up."""
     import subprocess
     import torch
-    from model import count_parameters
+    import torch.nn.functional as F
+    from model import attend, count_parameters
     parser = argparse.ArgumentParser(prog="bench.py train")
     parser.add_argument("--preset", default="dense")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[32])
@@ -338,6 +348,11 @@ def bench_train(args):
         tokens = torch.randint(config.vocab_size, (10**6,)).numpy().astype("uint16")
         import data
         row("  data", median_ms(lambda: data.get_batch(tokens, batch_size, config.context_length, 0, 0), 3, 5))
+        qkv = torch.randn(3, batch_size, config.n_heads, config.context_length, config.d_model // config.n_heads, device=device,
+                          dtype=model.dtype, requires_grad=True)
+        for name, f in {"attention of one layer, forward and backward": attend,
+                        "  torch's fused kernel": partial(F.scaled_dot_product_attention, is_causal=True)}.items():
+            row(f"  {name}", median_ms(lambda: f(*qkv.unbind()).backward(torch.ones_like(qkv[0])), 3, 5))
     with tempfile.TemporaryDirectory() as folder:
         for attempt in "first", "second":
             out, start = Path(folder) / attempt, time.perf_counter()
