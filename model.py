@@ -113,7 +113,7 @@ def grouped_linear(x, weight, ends):
     On CUDA one kernel reads `ends` on the device; elsewhere a loop over slices is as fast (tests/bench.py moe).
     """
     if x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
-        return F.grouped_mm(x, weight.mT.to(x.dtype), offs=ends)
+        return F.grouped_mm(x, weight.mT.to(x.dtype), offs=ends)  # cast as the product wants it: compiled, once and not twice
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.to(x.dtype))])
 
@@ -132,7 +132,7 @@ class Permute(torch.autograd.Function):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """
-    mean cross-entropy of softmax(h @ weight.T) without ever holding all logits: h (N, d), weight (V, d), targets (N,).
+    mean cross-entropy of softmax(h @ weight.T), keeping no logits for the backward pass: h (N, d), weight (V, d), targets (N,).
 
     Logits are by far the largest tensor of a small model (dense preset: 32,768 tokens x 10,000 words). Their gradient is
     known as soon as they are, softmax - onehot, so a slice of tokens is carried to the end of both passes and forgotten.
@@ -142,9 +142,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, h, weight, targets):
+        assert h.dtype != torch.float16  # e_j needs the range of bfloat16
         w, wide = weight.to(h.dtype), torch.promote_types(h.dtype, torch.float32)
         loss, grad_h, grad_w = h.new_zeros((), dtype=wide), [], torch.zeros_like(weight)
-        # A slice's logits should stay in the cache (GPU: in memory), but every slice reads and writes all of grad_w.
+        # A slice's logits should stay in the cache (GPU: below 2 GB with copies), but each slice reads and writes all of grad_w.
         n_slices = math.ceil(h.size(0) * w.size(0) / max(2**28 if h.is_cuda else 2**22, w.numel()))
         for rows, t in zip(h.chunk(n_slices), targets[:, None].chunk(n_slices)):
             logits = rows @ w.T
@@ -206,10 +207,10 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)                                                # (N, d)
         wide = torch.promote_types(x.dtype, torch.float32)                      # routing decisions deserve full precision
         probs = F.linear(tokens.to(wide), self.router).softmax(-1)              # (N, n_experts)
-        weights, experts = (t[:, :k] for t in probs.sort(descending=True))      # (N, k); topk does not fuse
+        weights, experts = (t[:, :k] for t in probs.sort(descending=True))      # (N, k); the compiler fuses it, but not topk
         weights = weights / weights.sum(-1, keepdim=True)
 
-        narrow = torch.uint8 if n_experts <= 256 else torch.int16               # a byte is sorted in one pass
+        narrow = torch.uint8 if n_experts <= 256 else torch.int16               # CUDA sorts a byte of the key a pass
         order = experts.flatten().to(narrow).argsort(stable=True)               # (N k,) assignments, sorted by expert
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         chosen = experts.flatten()[:, None] == torch.arange(n_experts, device=x.device)

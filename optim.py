@@ -27,29 +27,6 @@ import torch
 import torch.distributed as dist
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What both classes share
-
-class Optimizer(torch.optim.Optimizer):
-    """
-    torch's bookkeeping of groups and state; a subclass says what the `fresh` state of a parameter is and how to `update_group`.
-    """
-    # As torch wraps them they import its compiler, to be kept out of compiled code: 1 s of every start, also of a plain run.
-    add_param_group, zero_grad, state_dict, load_state_dict = (getattr(method, "__wrapped__", method) for method in (
-        torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad, torch.optim.Optimizer.state_dict,
-        torch.optim.Optimizer.load_state_dict))
-
-    @torch.no_grad()
-    def step(self, scale=1.0):
-        """Update all that has a gradient, after multiplying it by scale, a float or a 0-dim tensor: so train.py clips."""
-        for group in self.param_groups:
-            params = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape[-2:])
-            for p in params:
-                if p not in self.state:
-                    self.state[p] = self.fresh(p)
-            if params:
-                self.update_group(group, params, [p.grad for p in params], [self.state[p] for p in params], scale)
-
-# ----------------------------------------------------------------------------------------------------------------------
 # AdamW
 
 def adamw_update(params, grads, m, v, step, scale, lr, beta1, beta2, eps, weight_decay):
@@ -69,26 +46,6 @@ def adamw_update(params, grads, m, v, step, scale, lr, beta1, beta2, eps, weight
     torch._foreach_sub_(params, update)
 
 
-class AdamW(Optimizer):
-    """
-    params: tensors or groups of them; lr > 0; betas in [0, 1); weight_decay is decoupled from the gradient and
-    multiplied by lr, as in torch.optim.AdamW, which gives the same numbers. Raises ValueError on anything else.
-    """
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
-        check(lr=(lr, lr > 0), betas=(betas, all(0 <= b < 1 for b in betas)), eps=(eps, eps >= 0),
-              weight_decay=(weight_decay, weight_decay >= 0))
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
-        self.update = adamw_update
-
-    def fresh(self, p):
-        return {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "step": torch.zeros((), device=p.device)}
-
-    def update_group(self, group, params, grads, states, scale):
-        torch._foreach_add_([s["step"] for s in states], 1)
-        # One bias correction serves the group: in a language model every tensor has a gradient at every step.
-        self.update(params, grads, [s["m"] for s in states], [s["v"] for s in states], states[0]["step"], scale, group["lr"],
-                    *group["betas"], group["eps"], group["weight_decay"])
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Muon
 
@@ -96,7 +53,7 @@ def newton_schulz(G, steps=5, dtype=torch.float32):
     """
     Approximate U V' of each matrix of G = U S V' (..., rows, cols), in `dtype` (bfloat16 or wider; never float16).
 
-    X <- (a I + b X X' + c (X X')^2) X applies p(s) = a s + b s^3 + c s^5 to every singular value s <= 1. These
+    From X = G / |G|, X <- (a I + b X X' + c (X X')^2) X applies p(s) = a s + b s^3 + c s^5 to every singular value. These
     coefficients (Jordan et al.) rise fastest at 0, at the price of not settling: five steps bring singular values from
     [0.01, 1] into about [0.7, 1.2], which trains as well as exactly 1. A zero matrix stays zero.
     """
@@ -106,7 +63,7 @@ def newton_schulz(G, steps=5, dtype=torch.float32):
     I = torch.eye(min(G.shape[-2:]), dtype=dtype, device=G.device)
     for i in range(steps):
         A = X.mT @ X if tall else X @ X.mT  # X (X'X) is (X X') X: take the smaller square
-        if i == 0:  # the first X is G / size, size^2 = |G|^2 = trace(A); dividing only the small squares is enough
+        if i == 0:  # X should be G / size, size = |G| = sqrt(trace(A)): dividing the small squares does it
             size = A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.promote_types(dtype, torch.float32)).sqrt() + 1e-7
             size = size[..., None, None].to(dtype)
             A = A / size**2
@@ -118,8 +75,8 @@ def newton_schulz(G, steps=5, dtype=torch.float32):
 
 def orthogonalize(flat, shapes, ns_steps):
     """
-    newton_schulz of the matrices that lie one after another in flat (n,), for each of shapes (..., rows, cols): a list of views.
-    All neighbours that share rows and cols are one stack and one call: on a GPU 30 times faster than one matrix at a time.
+    newton_schulz of matrices that lie one after another in flat (n,); shapes: (..., rows, cols) of each. Returns a list of them.
+    Neighbours of equal rows and cols are one stack and one call: on a GPU 30 times faster than one matrix at a time.
     """
     out = []
     for (rows, cols), group in groupby(shapes, key=lambda shape: shape[-2:]):
@@ -152,7 +109,7 @@ def muon_update(params, grads, momenta, scale, lr, momentum, weight_decay, ns_st
     for g, m in zip(grads, momenta):
         m.lerp_(g, 1 - momentum)
     flat = torch.cat([g.lerp(m, momentum).to(dtype).flatten() for g, m in zip(grads, momenta)])
-    if torch.compiler.is_compiling():  # as one graph with the rest, the momenta would be read twice: for flat now, for m at its end
+    if torch.compiler.is_compiling():  # end the graph here: in one with the rest, m is written at its end, and so read twice
         torch._dynamo.graph_break()
     updates = orthogonalize(flat, [p.shape for p in params], ns_steps)
     for p, update in zip(params, updates):
@@ -160,6 +117,57 @@ def muon_update(params, grads, momenta, scale, lr, momentum, weight_decay, ns_st
         # the factor that makes its outputs change as much as a square one's (Jordan et al.).
         stretch = max(1, p.size(-2) / p.size(-1)) ** 0.5
         p.mul_(1 - lr * weight_decay).sub_(update.to(p.dtype) * (lr * stretch))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What they keep from step to step
+
+def check(**settings):
+    for name, (value, valid) in settings.items():
+        if not valid:
+            raise ValueError(f"{name} cannot be {value}")
+
+
+class Optimizer(torch.optim.Optimizer):
+    """torch's bookkeeping of groups and state; a subclass defines init_state(p) and update_group(...)."""
+    # torch wraps these four for its compiler to skip them, and the wrapper imports the compiler: 1 s of every start, even of a
+    # run that compiles nothing. Here they are unwrapped.
+    add_param_group, zero_grad, state_dict, load_state_dict = (getattr(method, "__wrapped__", method) for method in (
+        torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad, torch.optim.Optimizer.state_dict,
+        torch.optim.Optimizer.load_state_dict))
+
+    @torch.no_grad()
+    def step(self, scale=1.0):
+        """One step for all that has a gradient. scale, a float or a 0-dim tensor, multiplies the gradients: so train.py clips."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            params.sort(key=lambda p: p.shape[-2:])  # equal shapes side by side: Muon stacks neighbours
+            for p in params:
+                if p not in self.state:
+                    self.state[p] = self.init_state(p)
+            if params:
+                self.update_group(group, params, [p.grad for p in params], [self.state[p] for p in params], scale)
+
+
+class AdamW(Optimizer):
+    """
+    params: tensors or groups of them; lr > 0; betas in [0, 1); weight_decay is decoupled from the gradient and
+    multiplied by lr, as in torch.optim.AdamW, which gives the same numbers. Raises ValueError on anything else.
+    """
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+        check(lr=(lr, lr > 0), betas=(betas, all(0 <= b < 1 for b in betas)), eps=(eps, eps >= 0),
+              weight_decay=(weight_decay, weight_decay >= 0))
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+        self.update = adamw_update
+
+    def init_state(self, p):
+        return {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "step": torch.zeros((), device=p.device)}
+
+    def update_group(self, group, params, grads, states, scale):
+        torch._foreach_add_([s["step"] for s in states], 1)
+        # One bias correction serves the group: in a language model every tensor has a gradient at every step.
+        self.update(params, grads, [s["m"] for s in states], [s["v"] for s in states], states[0]["step"], scale, group["lr"],
+                    *group["betas"], group["eps"], group["weight_decay"])
 
 
 class Muon(Optimizer):
@@ -176,7 +184,7 @@ class Muon(Optimizer):
             if p.ndim < 2:
                 raise ValueError(f"Muon is for matrices; a tensor of shape {tuple(p.shape)} belongs to AdamW")
 
-    def fresh(self, p):
+    def init_state(self, p):
         return {"momentum": torch.zeros_like(p)}
 
     def update_group(self, group, params, grads, states, scale):
@@ -185,12 +193,6 @@ class Muon(Optimizer):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Who gets what
-
-def check(**settings):
-    for name, (value, valid) in settings.items():
-        if not valid:
-            raise ValueError(f"{name} cannot be {value}")
-
 
 def is_hidden_matrix(name, p):
     """Muon's share: matrices, or stacks of them, between hidden states."""

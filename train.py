@@ -198,7 +198,7 @@ def keep_freed_memory():
     try:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, -1)  # -1: never; a step of a large MoE frees over 2 GB at once
     except OSError:
         pass
 

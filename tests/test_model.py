@@ -182,11 +182,11 @@ def test_the_heads_gradient_has_the_right_size_in_bfloat16():
         assert (mine * exact).sum() / (exact * exact).sum() == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("size", [0.01, 1.0, 12.0])  # of the logits: losses of one token up to 50 nats, or down to 1e-9
+@pytest.mark.parametrize("size", [0.01, 1.0, 9.0])  # of the logits; at 9 one token loses about 50 nats, others nearly 0
 def test_the_head_is_torchs_cross_entropy(size):
     torch.manual_seed(0)
     h, w, t = torch.randn(300, 8), torch.randn(70, 8) * size / 3, torch.randint(70, (300,))
-    h[:20] = w[t[:20]] * 50 / size  # sure of its target
+    h[:20] = w[t[:20]] * 50 / size  # most of these are sure of their target, but at size 0.01
     mine, theirs = ([x.clone().requires_grad_() for x in (h, w)] for _ in range(2))
     losses = model.LinearCrossEntropy.apply(*mine, t), F.cross_entropy(F.linear(*theirs), t)
     torch.testing.assert_close(*losses)
