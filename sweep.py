@@ -648,7 +648,7 @@ def words(insights, meta):
     add("## The edge")
     def distance(ratio):
         return "near the edge, little is needed to tip it over" if ratio < 2 else \
-            "conservative, there is room above" if ratio > 4 else "the usual distance (2 to 4)"
+            "conservative: the loss rises long before the edge" if ratio > 4 else "the usual distance (2 to 4)"
     if edge:
         low, high = max(1, edge["calm"] / o["lr"]), edge["ratio"]
         add(f"The first rate above the best that was {edge['status']} is {rate(edge['lr'])} ({edge['seeds']}), {high:.1f} times the "
