@@ -5,7 +5,7 @@ Everything here starts from those files, so a picture can be drawn again at any 
 
     status        what the curve of training losses looks like            (thresholds: the block below)
     converged     it fell and flattened
-    slow          it is still falling steadily at the end, well above the best run of the sweep: rate too low
+    slow          it fell late, in a sweep to well above the best run: too low a rate, or far too high a one
     unstable      it spiked or swung, and came back: close to the edge of stability
     diverged      not finite, or it rose and stayed up: beyond the edge
 
@@ -380,7 +380,7 @@ def draw_valley(dir, runs, insights, colours, styles):
             ax.axvspan(o["low"], o["high"], color=BLUE, alpha=0.13, linewidth=0, zorder=0)
             ax.axvline(o["lr"], color=BLUE, linewidth=1.4, zorder=1)
             ax.plot(*zip(*o["curve"] or [(o["lr"], np.nan)]), color=BLUE, linestyle=(0, (2, 2)), linewidth=1.2)
-            kind = "95% interval" if o["fitted"] else "somewhere from"
+            kind = "95% interval" if o["fitted"] and len({r["seed"] for r in runs}) > 1 else "somewhere from"
             ax.text(np.sqrt(o["low"] * o["high"]), 1.065, color=BLUE, **above,
                     s=f"optimum {rate(o['lr'])}, {kind} {rate(o['low'])} to {rate(o['high'])}")
         if edge and edge["lr"] < right:

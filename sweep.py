@@ -529,6 +529,8 @@ def analyse(runs, varied=None):
     for run in runs:
         run["flags"] = {k.replace("_", "-"): plain(run["args"].get(k.replace("-", "_"))) for k in varied}
         run["setting"] = label(run["flags"])
+    # The same run under two names, as of a plain sweep and of one that varies a flag through its default, counts once.
+    runs[:] = {(r["setting"], r["lr"], r["seed"]): r for r in sorted(runs, key=lambda r: r["loss"] is not None)}.values()
     finished = [r for r in runs if r["loss"] is not None]
     settings = [analyse_setting([r for r in finished if r["setting"] == s])
                 for s in dict.fromkeys(r["setting"] for r in finished)]
@@ -626,8 +628,9 @@ def words(insights, meta):
         "" if s["label"] == best["setting"] else f"Of the settings tried at {rate(best['lr'])}, {best['setting']} did best.",
         f"The best rate tried{' with ' + s['label'] if s['label'] != best['setting'] else ''} was {top}, with a validation loss of "
         f"{s['best_loss']:.3f} nats a token.",
-        "" if alone else f"A curve fitted through the rates around it is lowest at {rate(o['lr'])}; 95% interval "
-        f"{rate(o['low'])} to {rate(o['high'])} (bootstrap, {plural(n, 'seed')}{', paired' if n > 1 else ''})."
+        "" if alone else f"The curves fitted through the rates around it put the optimum at {rate(o['lr'])}; "
+        + (f"95% interval {rate(o['low'])} to {rate(o['high'])} (bootstrap, {n} seeds, paired)." if n > 1 else
+           f"it lies somewhere from {rate(o['low'])} to {rate(o['high'])} (by how well they fit; one seed shows no noise).")
         if o["fitted"] else "No curve could be fitted around it (that takes a surviving rate on both sides, and 2 "
         f"seeds or 4 rates): the optimum lies somewhere from {rate(o['low'])} to {rate(o['high'])}.")
     add("## How sure")
@@ -659,8 +662,8 @@ def words(insights, meta):
             f"None diverged up to {rate(s['searched_up_to'])}.")
     else:
         add(f"Not found up to {rate(s['searched_up_to'])}: no rate above the best was unstable or diverged.")
-    look = dict(slow="was still falling at the end", unstable="spiked and came back", diverged="diverged",
-                converged="flattened out", stopped="was stopped as hopeless")
+    look = dict(slow="fell late", unstable="spiked and came back", diverged="diverged", converged="fell early and levelled off",
+                stopped="was stopped as hopeless")
     for side in ("low", "high"):
         outside = [r for r in rates if (r["lr"] < (good or [s["best_lr"]])[0] if side == "low" else
                                         r["lr"] > (good or [s["best_lr"]])[-1])]
@@ -789,13 +792,13 @@ def parse_args(argv):
     p.add_argument("--study", help="a named plan: " + ", ".join(STUDIES))
     p.add_argument("--lrs", nargs="+", help="rates to start from (default: the preset's grid)")
     p.add_argument("--seeds", type=int, help="seeds of the rates near the best; a seed fixes weights and batches")
-    p.add_argument("--refine", type=int, metavar="R", help="3 to 5 rates within a factor 2 of the optimum, R times")
+    p.add_argument("--refine", type=int, metavar="R", help="up to 5 rates within a factor 2 of the optimum, R times")
     p.add_argument("--vary", action="append", metavar="FLAG=V1,V2", help="any train.py flag; FLAG1,FLAG2=A:B,C:D")
     p.add_argument("--widen", action=argparse.BooleanOptionalAction, help="outward until the optimum is bracketed")
     p.add_argument("--max-runs", type=int, help="at most this many runs (default: 16 for each setting and seed)")
-    p.add_argument("--jobs", default="auto", help="runs at once (default: one on a CPU, as many as pay on GPUs)")
+    p.add_argument("--jobs", default="auto", help="runs at once (default: as many as pay: of tiny one a CPU core)")
     p.add_argument("--stop-hopeless", action="store_true", help="end runs that are clearly beaten half-way through")
-    p.add_argument("--name", help="folder under runs/ (default: from the preset, the study and the flags for train.py)")
+    p.add_argument("--name", help="folder under runs/ (default: from the preset, the study, what varies, and the flags for train.py)")
     p.add_argument("--dry-run", action="store_true", help="print the commands of the next round, one a line, and stop")
     args, extra = p.parse_known_args(argv)
     if args.study and args.study not in STUDIES:
@@ -823,7 +826,8 @@ def parse_args(argv):
     args.max_runs = args.max_runs or args.seeds * (
         len(args.settings) * (max(16, len(args.lrs)) + 5 * args.refine) + len(args.schedules))
     args.flags = ["--preset", args.preset, *study.get("flags", []), *extra]
-    parts = [args.preset, args.study, *(f"{k.replace('_', '-')}-{v}" for k, v in flag_values(extra).items())]
+    by = [text.split("=")[0] for text in args.vary if text not in study.get("vary", [])]  # a plain sweep has runs of its own
+    parts = [args.preset, args.study, *by, *(f"{k.replace('_', '-')}-{v}" for k, v in flag_values(extra).items())]
     args.dir = Path("runs") / (args.name or re.sub(r"[^\w.+-]+", "_", "-".join(p for p in parts if p)))
     return args
 
@@ -909,4 +913,8 @@ def conclude(plan, meta):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # whoever read the lines has gone (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

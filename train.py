@@ -322,6 +322,14 @@ def save(path, value):
     path.with_suffix(".tmp").replace(path)
 
 
+def refuse_other(out, settings, before):
+    """A run is resumed with the flags that it was started with, or not at all."""
+    for flag, value in settings.items():
+        if before.get(flag) != value:
+            fail(f"{out} was started with another --{flag.replace('_', '-')} ({before.get(flag)}); repeat its flags, or choose "
+                 "another --out")
+
+
 def git_commit():
     try:
         return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True,
@@ -365,6 +373,7 @@ def main(argv=None):
         fail(f"batch size {args.batch_size} is not a multiple of grad-accum {args.grad_accum} x {world} devices")
 
     # The folder ------------------------------------------------------------------------------------------------------
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "no_plot", "no_progress", "dry_run", "sample")}
     out = args.out or Path("runs/single") / f"{args.preset}-lr{args.lr:g}-s{args.seed}"
     if not args.dry_run:
         while rank == 0 and not args.resume and (out / "summary.json").exists():
@@ -377,6 +386,7 @@ def main(argv=None):
             fail(f"cannot write to {there}; choose another --out")
         if args.resume and (out / "summary.json").exists():
             if json.loads((out / "summary.json").read_text())["status"] not in ("running", "interrupted"):
+                refuse_other(out, settings, json.loads((out / "config.json").read_text())["args"])
                 print(f"{out} is already finished")
                 return 0
     checkpoint, summary_path = out / "checkpoints/last.pt", out / "summary.json"
@@ -420,13 +430,9 @@ def main(argv=None):
     # State: fresh, or the checkpoint's -------------------------------------------------------------------------------
     state = dict(step=0, elapsed=0.0, history=[], running=None, best_val_loss=math.inf,
                  max_grad_norm=torch.zeros((), device=device))
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "no_plot", "no_progress", "dry_run", "sample")}
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        changed = [k for k, v in settings.items() if saved["settings"].get(k) != v]
-        if changed:
-            fail(f"{out} was started with another --{changed[0].replace('_', '-')} "
-                 f"({saved['settings'].get(changed[0])}); repeat its flags, or choose another --out")
+        refuse_other(out, settings, saved["settings"])
         model.load_state_dict(saved["model"])
         for optimizer, s in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(s)

@@ -154,6 +154,8 @@ def test_several_settings_are_compared_together(tmp_path):
         assert c["better"] == "warmup-ratio 0.05" and (c["low"], c["high"]) == (again["low"], again["high"])
     assert sweep.label({"warmup-ratio": "0.1", "min-lr-ratio": "0.05"}) == "conservative"
     assert insights["use"]["setting"] == "warmup-ratio 0.05" == insights["best"]["setting"]
+    twice = runs + [dict(r, name=f"again-{r['name']}") for r in runs]  # under two names, as after a plain sweep
+    assert sweep.analyse(twice) == insights and len(twice) == len(runs)
     # settings compared at one rate of a swept one leave the rate to that one, also when one of them is ahead
     runs += [dict(runs[3], name=f"swept-{lr}", lr=lr, args=dict(runs[3]["args"], lr=lr), train={},
                   summary=dict(status="converged", seconds=6.0, final_val_loss=3.5)) for lr in (3e-4, 3e-3)]
@@ -236,9 +238,9 @@ def test_a_sweep_end_to_end(tmp_path):
 def test_one_seed_says_what_it_cannot_show(tmp_path):
     flags = ["--lrs", "1e-3,3e-3", "1e-2", "--no-widen", "--vary", "schedule=cosine,constant"]
     assert run(tmp_path, *flags).returncode == 0
-    text = (tmp_path / "runs/tiny/lr_sweep_analysis.md").read_text()
+    text = (tmp_path / "runs/tiny-schedule/lr_sweep_analysis.md").read_text()
     assert "cannot show" in text and "not shown, one seed has no interval" in text and "shown by" not in text
-    assert len(table(tmp_path / "runs/tiny")) == 6
+    assert "95%" not in text.split("##")[0] and len(table(tmp_path / "runs/tiny-schedule")) == 6
 
 
 @pytest.mark.parametrize("flags,words", [
@@ -270,13 +272,21 @@ def test_dry_run_prints_commands_that_work_anywhere(tmp_path):
     assert done.returncode == 0 and len(lines) == 6 and not (tmp_path / "runs").exists()
     for line in lines:
         assert subprocess.run(["sh", "-c", line], cwd="/", capture_output=True).returncode == 0
-    command = [sys.executable, str(ROOT / "plot.py"), "runs/tiny"]
+    command = [sys.executable, str(ROOT / "plot.py"), "runs/tiny-schedule"]
     drawn = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert drawn.returncode == 0 and "lr_vs_final_loss.png" in drawn.stdout and len(table(tmp_path / "runs/tiny")) == 6
-    clash = run(tmp_path, *flags, "--max-steps", "99", "--name", "tiny")
+    assert drawn.returncode == 0 and "lr_vs_final_loss.png" in drawn.stdout and len(table(tmp_path / "runs/tiny-schedule")) == 6
+    clash = run(tmp_path, *flags, "--max-steps", "99", "--name", "tiny-schedule")
     assert clash.returncode == 2 and "--max-steps was 40, is 99" in clash.stderr
     more = run(tmp_path, *flags).stdout.splitlines()
     assert more and not set(more) & set(lines)   # the next round of the search
+
+
+def test_a_closed_pipe_ends_a_dry_run_quietly(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "sweep.py", "--dry-run", "--seeds", "400"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # more lines than a pipe holds
+    assert b"train.py" in process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 1 and process.stderr.read() == b""
 
 
 def test_killed_at_random_moments_it_ends_like_one_left_alone(tmp_path):

@@ -248,10 +248,11 @@ def test_existing_runs_are_not_overwritten(capsys):
     with pytest.raises(SystemExit) as e:
         run("kept")
     assert e.value.code == 2 and "already holds a run" in capsys.readouterr().err
-    Path("kept/summary.json").write_text('{"status": "interrupted"}')
-    with pytest.raises(SystemExit) as e:
-        run("kept", "--lr", "0.5", "--resume")
-    assert e.value.code == 2 and "--lr" in capsys.readouterr().err
+    for status in "converged", "interrupted":
+        Path("kept/summary.json").write_text(json.dumps(dict(status=status)))
+        with pytest.raises(SystemExit) as e:
+            run("kept", "--lr", "0.5", "--resume")
+        assert e.value.code == 2 and "--lr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, word", [
