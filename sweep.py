@@ -676,14 +676,15 @@ def words(insights, meta):
         k = len(insights["comparisons"])
         add("## Settings, each at the best rate that it was tried at")
         add(*(f"- {c['sentence']}." for c in insights["comparisons"]), join="\n")
-        add(f"Intervals are 95%{f' for all {k} comparisons together' if k > 1 else ''}, paired over seeds.")
+        if n > 1:
+            add(f"Intervals are 95%{f' for all {k} comparisons together' if k > 1 else ''}, paired over seeds.")
     figures = []
     for x in (x for x in insights["settings"] if len(x["rates"]) > 1 and x["best_lr"]):
         name, m = x["label"] + ": " if x["label"] else "", x["summary"]
         r = ", ".join(f"{k} {v:+.2f}" for k, v in x["correlation"].items() if v is not None)
         figures += [f"- {name}final loss over the rates that survived: mean {m['mean']:.3f}, deviation "
                     f"{m['deviation'] or 0:.3f}, best {m['best']:.3f}, worst {m['worst']:.3f}."
-                    + (f" Correlation of log rate with {r}." if r else "")]
+                    + (f" Correlation of log rate with {r} (linear: a valley shows little)." if r else "")]
     speed, fast = max((r["accuracy_per_minute"] or 0, r["lr"]) for x in insights["settings"] for r in x["rates"])
     add("## In figures")
     add(*figures, f"- Most accuracy a minute: {100 * speed:.1f} points, at {rate(fast)}." if speed else "",
@@ -693,7 +694,7 @@ def words(insights, meta):
     add(*(f"- `{again} {flags}`: {why}." for wanted, flags, why in (
         (not (s["bracketed"] and edge), f"--widen --max-runs {insights['runs'] + 6}", "goes outward to the edge"),
         (n < 3, "--seeds 3", "measures the noise, so that differences can be called real or not"),
-        (span > 2 and not alone, f"--refine {meta.get('refine', 0) + 1}", f"the interval spans a factor {span:.1f}"),
+        (span > 2 and not alone, f"--refine {meta.get('refine', 0) + 1}", f"the optimum is known to a factor of {span:.1f}"),
         (n < needed <= 30 and n > 2, f"--seeds {needed}", "decides the easiest open comparison, if it stays as it is"),
     ) if wanted), join="\n")
     text[-1] = text[-1] or ("Nothing cheap: the easiest open comparison would take over 30 seeds." if needed else
@@ -803,6 +804,8 @@ def parse_args(argv):
     args, extra = p.parse_known_args(argv)
     if args.study and args.study not in STUDIES:
         die(f"--study {args.study}: unknown; choose from {', '.join(STUDIES)}")
+    if extra and not extra[0].startswith("-"):
+        die(f"unrecognized argument: {extra[0]}; see --help")
     study, grid = STUDIES.get(args.study, {}), GRIDS.get(args.preset, [])
     for name, default in (("seeds", 1), ("refine", 0), ("widen", True), ("vary", [])):
         if getattr(args, name) is None:

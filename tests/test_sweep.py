@@ -249,7 +249,7 @@ def test_one_seed_says_what_it_cannot_show(tmp_path):
     (["--vary", "schedule"], "FLAG=V1"), (["--vary", "a,b=1:2,3"], "FLAG=V1"), (["--vary", "lr=1,2"], "--lrs"),
     (["--jobs", "0"], "--jobs 0"), (["--jobs", "x"], "--jobs x"), (["--preset", "huge"], "huge"),
     (["--lr", "1e-3"], "--lrs"), (["--max-runs", "2"], "--max-runs 2"), (["--schedule", "zigzag"], "zigzag"),
-    (["--nonsense", "1"], "--nonsense")])
+    (["--nonsense", "1"], "--nonsense"), (["extra"], "extra")])
 def test_bad_input_is_one_line_and_status_2(tmp_path, flags, words):
     done = run(tmp_path, *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
