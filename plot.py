@@ -316,7 +316,7 @@ def draw_sweep(dir, runs, insights):
         ax.set(xlabel="step", ylabel=f"{name} loss (nats a token)")
     legend(fig, runs, colours, styles, by_setting)
     paths = [save(fig, dir / "lr_sweep_comparison.png"), draw_valley(dir, runs, insights, colours, styles),
-             draw_details(dir, drawn, insights, colours, styles, look), draw_table(dir, insights, colours)]
+             draw_details(dir, drawn, insights, colours, styles, look, by_setting), draw_table(dir, insights, colours)]
 
     fig, ((ax,),) = figure(9, 5)
     for r in {(r["setting"], r["lr"]): r for r in reversed(drawn)}.values():  # as they were run, one seed each
@@ -395,7 +395,7 @@ def draw_valley(dir, runs, insights, colours, styles):
     return save(fig, dir / "lr_vs_final_loss.png")
 
 
-def draw_details(dir, runs, insights, colours, styles, look):
+def draw_details(dir, runs, insights, colours, styles, look, by_setting):
     """Six panels: loss, accuracy, perplexity, gradient norm, accuracy a minute, status."""
     fig, axes = figure(15, 8.4, 2, 3)
     for ax, key, name, scale in (
@@ -420,10 +420,11 @@ def draw_details(dir, runs, insights, colours, styles, look):
     ax, names = axes[1, 2], [*STATUSES, *{"stopped"}.intersection(r["status"] for r in runs)]
     where = rate_axis(ax, list(colours), list(styles))
     for r in (r for r in runs if r["status"] in names):   # the seeds of a rate stand a little above each other
-        ax.plot(where(r["setting"], r["lr"]), names.index(r["status"]) + 0.08 * (r["seed"] % 5), "o", markersize=8,
-                alpha=0.8, color=STATUS_COLOURS[r["status"]])
+        ax.plot(where(r["setting"], r["lr"]), names.index(r["status"]) + 0.08 * (r["seed"] % 5), styles[r["setting"]][1],
+                markersize=8, alpha=0.8, color=STATUS_COLOURS[r["status"]])
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(-0.6, len(names) - 0.2)
+    legend(fig, runs, colours, styles, by_setting)
     return save(fig, dir / "detailed_comparison.png")
 
 

@@ -691,7 +691,7 @@ def words(insights, meta):
         f"- {plural(insights['runs'], 'run')} took {insights['minutes']:.1f} minutes of computing.", join="\n")
     needed = min((c["seeds_needed"] or 9999 for c in insights["comparisons"] if not c["shown"]), default=0)
     add("## What to run next")
-    add(*(f"- `{again} {flags}`: {why}." for wanted, flags, why in (
+    add(*(f"- `{again.replace(' --no-widen', '') if 'widen' in flags else again} {flags}`: {why}." for wanted, flags, why in (
         (not (s["bracketed"] and edge), f"--widen --max-runs {insights['runs'] + 6}", "goes outward to the edge"),
         (n < 3, "--seeds 3", "measures the noise, so that differences can be called real or not"),
         (span > 2 and not alone, f"--refine {meta.get('refine', 0) + 1}", f"the optimum is known to a factor of {span:.1f}"),
