@@ -750,7 +750,7 @@ def show(corpus):
     p = counts[counts > 0] / counts.sum()
     entropy = -(p * np.log2(p)).sum()
     print(f"A model that knows only how often each token occurs has a loss of {entropy * np.log(2):.3f} nats a token, "
-          f"{entropy * meta['train_tokens'] / meta['train_bytes']:.3f} bits a byte: what a model without context can reach; yours must get below.")
+          f"{entropy * meta['train_tokens'] / meta['train_bytes']:.3f} bits a byte; yours must get below that.")
     text = [tokenizer.bytes.get(i, b"").decode("utf-8", "backslashreplace") for i in range(tokenizer.vocab_size)]
     print("Longest tokens:", *map(repr, sorted(text, key=len)[:-13:-1]))
     print("The validation text begins (| between tokens):", "|".join(text[i] for i in corpus.val[:150]), sep="\n")

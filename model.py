@@ -145,7 +145,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         assert h.dtype != torch.float16  # e_j needs the range of bfloat16
         w, wide = weight.to(h.dtype), torch.promote_types(h.dtype, torch.float32)
         loss, grad_h, grad_w = h.new_zeros((), dtype=wide), [], torch.zeros_like(weight)
-        # A slice's logits should stay in the cache (GPU: below 2 GB with copies), but each slice reads and writes all of grad_w.
+        # A slice's logits should stay in the cache (GPU: below 2 GB with copies), but each reads and writes all of grad_w.
         n_slices = math.ceil(h.size(0) * w.size(0) / max(2**28 if h.is_cuda else 2**22, w.numel()))
         for rows, t in zip(h.chunk(n_slices), targets[:, None].chunk(n_slices)):
             logits = rows @ w.T

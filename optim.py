@@ -68,7 +68,8 @@ def newton_schulz(G, steps=5, dtype=torch.float32):
             size = size[..., None, None].to(dtype)
             A = A / size**2
         P = a * I + b * A + c * (A @ A)  # with a inside, the large X is touched by products alone
-        P = P / size if i == 0 else P
+        if i == 0:
+            P = P / size
         X = X @ P if tall else P @ X
     return X
 

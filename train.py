@@ -198,7 +198,7 @@ def keep_freed_memory():
     try:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, -1)  # -1: never; a step of a large MoE frees over 2 GB at once
+        libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, -1)  # -1: never (a large MoE frees over 2 GB)
     except OSError:
         pass
 
@@ -322,14 +322,6 @@ def save(path, value):
     path.with_suffix(".tmp").replace(path)
 
 
-def refuse_other(out, settings, before):
-    """A run is resumed with the flags that it was started with, or not at all."""
-    for flag, value in settings.items():
-        if before.get(flag) != value:
-            fail(f"{out} was started with another --{flag.replace('_', '-')} ({before.get(flag)}); repeat its flags, or choose "
-                 "another --out")
-
-
 def git_commit():
     try:
         return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True,
@@ -374,6 +366,7 @@ def main(argv=None):
 
     # The folder ------------------------------------------------------------------------------------------------------
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "no_plot", "no_progress", "dry_run", "sample")}
+    saved = None
     out = args.out or Path("runs/single") / f"{args.preset}-lr{args.lr:g}-s{args.seed}"
     if not args.dry_run:
         while rank == 0 and not args.resume and (out / "summary.json").exists():
@@ -381,15 +374,20 @@ def main(argv=None):
                 fail(f"{out} already holds a run; add --resume to continue it, or choose another --out")
             stem, _, n = out.name.partition("+")  # a default name never overwrites: +2, +3, ...
             out = out.with_name(f"{stem}+{int(n or 1) + 1}")
+        checkpoint, summary_path = out / "checkpoints/last.pt", out / "summary.json"
         there = next(path for path in (out, *out.parents) if os.path.exists(path))  # nothing is made before the data is ready
         if not (there.is_dir() and os.access(there, os.W_OK)):
             fail(f"cannot write to {there}; choose another --out")
-        if args.resume and (out / "summary.json").exists():
-            if json.loads((out / "summary.json").read_text())["status"] not in ("running", "interrupted"):
-                refuse_other(out, settings, json.loads((out / "config.json").read_text())["args"])
+        if args.resume and checkpoint.exists():  # with the flags that it was started with, or not at all
+            saved = torch.load(checkpoint, map_location=device, weights_only=True)
+            for flag, value in settings.items():
+                if (before := saved["settings"].get(flag)) != value:
+                    fail(f"{out} was started with another --{flag.replace('_', '-')} ({before}); repeat its flags, or choose "
+                         "another --out")
+        if args.resume and summary_path.exists():
+            if json.loads(summary_path.read_text())["status"] not in ("running", "interrupted"):
                 print(f"{out} is already finished")
                 return 0
-    checkpoint, summary_path = out / "checkpoints/last.pt", out / "summary.json"
 
     # Data, model, optimizers, schedule -------------------------------------------------------------------------------
     if world > 1:
@@ -430,9 +428,7 @@ def main(argv=None):
     # State: fresh, or the checkpoint's -------------------------------------------------------------------------------
     state = dict(step=0, elapsed=0.0, history=[], running=None, best_val_loss=math.inf,
                  max_grad_norm=torch.zeros((), device=device))
-    if args.resume and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        refuse_other(out, settings, saved["settings"])
+    if saved:
         model.load_state_dict(saved["model"])
         for optimizer, s in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(s)
