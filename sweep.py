@@ -371,15 +371,19 @@ def cores():
 
 
 def auto_jobs(preset, gpus):
-    """How many runs at once. Tiny on a CPU: one a core (measured on 2 cores: two at once, a thread each, take 0.7 of the time
-    that they take in turn); a larger preset fills all cores by itself, and a Mac may have one GPU. On GPUs: one each, and
-    more of a small preset, so that one starts and compiles while another computes, if that much memory is free (seven runs of
-    dense-low on one H100: 194 s at once, 221 s three at a time)."""
+    """
+    How many runs at once, and the seconds before the end of one at which the next may start. Tiny on a CPU: one a core (on 2
+    cores two at once, a thread each, take 0.7 of the time that they take in turn); a larger preset fills all cores by itself,
+    and a Mac may have one GPU. On GPUs, as far as the free memory goes: many of a small preset, which start and compile while
+    others compute (seven of dense-low on one H100: 194 s at once, 221 s three at a time); of dense one (131 s a run, two at a
+    time 149 s), the next one starting while it ends.
+    """
     if not gpus:
-        return min(8, cores()) if preset == "tiny" and sys.platform != "darwin" else 1
-    per_gpu, gib = {"tiny": (4, 2), "dense-low": (8, 6), "dense": (2, 12), "moe": (2, 12)}.get(preset, (1, 1))
+        return (min(8, cores()) if preset == "tiny" and sys.platform != "darwin" else 1), 0
+    per_gpu, gib = {"tiny": (4, 2), "dense-low": (8, 6), "dense": (1, 12), "moe": (2, 12)}.get(preset, (1, 1))
     free = ask_nvidia("--query-gpu=memory.free", "--format=csv,noheader,nounits")
-    return len(gpus) * max(1, min([per_gpu, *(int(mib) // 1024 // gib for mib in free if mib.isdigit())]))
+    room = min([int(mib) // 1024 // gib for mib in free if mib.isdigit()], default=per_gpu)
+    return len(gpus) * max(1, min(per_gpu, room)), 15 if room > per_gpu else 0
 
 
 def die_with_parent():
@@ -399,7 +403,8 @@ def start(plan, key, slot):
         process = subprocess.Popen(command(plan, key), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=err,
                                    env=env, start_new_session=True,  # Ctrl-C reaches the sweep, which passes it on
                                    preexec_fn=die_with_parent if sys.platform == "linux" else None)
-    return argparse.Namespace(key=key, out=out, process=process, slot=slot, begun=time.time(), first=None, step=0)
+    return argparse.Namespace(key=key, out=out, process=process, slot=slot, begun=time.time(), first=None, step=0,
+                              left=math.inf)
 
 
 def stop(jobs):
@@ -423,16 +428,16 @@ def hopeless(train, done):
 
 
 def execute(plan, waiting):
-    """One round, plan.jobs runs at a time: fills plan.done {key: run} and plan.failed [key]."""
+    """One round, plan.jobs runs at a time (those about to end not counted): fills plan.done {key: run} and plan.failed [key]."""
     active, looked = [], 0.0
     plan.started += len(waiting)
     lines = [tqdm(total=0, bar_format="{desc}", position=1 + i, leave=False, disable=plan.bar.disable)
              for i in range(plan.jobs)]
     try:
         while waiting or active:
-            while waiting and len(active) < plan.jobs:
-                slot = min(set(range(plan.jobs)) - {job.slot for job in active})
-                active.append(start(plan, waiting.pop(0), slot))
+            slots = set(range(plan.jobs)) - {job.slot for job in active if job.left >= plan.lead}
+            while waiting and slots and len(active) < 2 * plan.jobs:
+                active.append(start(plan, waiting.pop(0), slots.pop()))
             time.sleep(0.05)
             look = time.time() > looked + 1
             looked = time.time() if look else looked
@@ -457,7 +462,8 @@ def watch(plan, job, ended, line):
     losses, step, total = run["train"]["train_loss"], int(run["train"]["step"][-1]), int(run["args"]["max_steps"])
     job.first = step if job.first is None else job.first
     speed = (step - job.first) / (time.time() - job.begun)
-    left = tqdm.format_interval((total - step) / speed) if speed else "?"
+    job.left = (total - step) / speed if speed else math.inf
+    left = tqdm.format_interval(job.left) if speed else "?"
     state = plot.classify(losses) if len(losses) > 1 else "running"
     line.set_description_str("" if ended else f"  {title(job.key)} | step {step}/{total} | loss {losses[-1]:.3f} | "
                              f"{state if state in EDGE else 'running'} | {left} left")
@@ -840,7 +846,7 @@ def main(argv=None):
     plan, again = parse_args(argv), shlex.join(["python", "sweep.py", *argv])
     plan.done, plan.failed, plan.started, plan.bar = {}, [], 0, None
     plan.gpus = visible_gpus(flag_values(plan.flags).get("device", "auto"))
-    plan.jobs = auto_jobs(plan.preset, plan.gpus) if plan.jobs == "auto" else int(plan.jobs)
+    plan.jobs, plan.lead = auto_jobs(plan.preset, plan.gpus) if plan.jobs == "auto" else (int(plan.jobs), 0)
     old = plot.read_json(plan.dir / "sweep.json") or {"flags": plan.flags}
     now, then = flag_values(plan.flags), flag_values(old["flags"])
     if found := differences({k: now.get(k, "not given") for k in {**then, **now}}, then):

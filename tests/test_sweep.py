@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(cwd, *flags, program="tests/fake_train.py", **env):
-    env = dict(os.environ, NANOLR_TRAIN=str(ROOT / program), CUDA_VISIBLE_DEVICES="", **env)
+    env = {**os.environ, "NANOLR_TRAIN": str(ROOT / program), "CUDA_VISIBLE_DEVICES": "", **env}
     return subprocess.run([sys.executable, str(ROOT / "sweep.py"), *flags], cwd=cwd,
                           env=env, capture_output=True, text=True, timeout=120)
 
@@ -356,9 +356,24 @@ def test_jobs_and_gpus(monkeypatch, tmp_path):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert sweep.visible_gpus() == ["0", "1"]
-    assert sweep.auto_jobs("tiny", ["0", "1"]) == 8 and sweep.auto_jobs("dense", []) == 1
-    assert sweep.auto_jobs("tiny", []) == (1 if sys.platform == "darwin" else min(8, os.cpu_count()))
-    assert sweep.auto_jobs("dense-low", ["0", "1"]) == 2   # 9,000 MiB are free: room for one run of 6 GiB
+    assert sweep.auto_jobs("tiny", ["0", "1"]) == (8, 0) and sweep.auto_jobs("dense", []) == (1, 0)
+    assert sweep.auto_jobs("tiny", []) == (1 if sys.platform == "darwin" else min(8, os.cpu_count()), 0)
+    assert sweep.auto_jobs("dense-low", ["0", "1"]) == (2, 0)   # 9,000 MiB are free: room for one run of 6 GiB
+    smi.write_text("#!/bin/sh\necho 24000\n")
+    assert sweep.auto_jobs("dense", ["0"]) == (1, 0)            # 23 GiB: no room for a second run, not even while the first ends
+    smi.write_text("#!/bin/sh\necho 80000\n")
+    assert sweep.auto_jobs("dense", ["0"]) == (1, 15)
+
+
+def test_on_a_gpu_the_next_run_starts_while_one_ends(tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 80000\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    flags, path = ["--preset", "dense", "--no-widen", "--lrs", "1e-3", "2e-3", "3e-3"], f"{tmp_path}:{os.environ['PATH']}"
+    done = run(tmp_path, *flags, CUDA_VISIBLE_DEVICES="0", FAKE_DELAY="0.06", PATH=path)
+    assert done.returncode == 0 and "1 at a time on 1 GPU" in done.stdout, done.stderr
+    runs = [tmp_path / "runs/dense" / f"lr{lr}-s0" for lr in ("0.001", "0.002", "0.003")]
+    begun, ended = ([(r / name).stat().st_mtime for r in runs] for name in ("config.json", "summary.json"))
+    assert begun[0] < begun[1] < ended[0] < begun[2] < ended[1]  # two overlap, never three
 
 
 def test_with_the_real_training_program(tmp_path):
