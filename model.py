@@ -285,7 +285,10 @@ class Transformer(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Continue idx (B, T) by max_new_tokens samples; temperature 0 takes the likeliest, top_k the best few only."""
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.context_length:])[0][:, -1].float()  # (B, vocab_size)
+            window = idx[:, -self.config.context_length:]
+            # Filled up to a multiple of 64, which no earlier position sees: a GPU's attention library plans each new length anew.
+            padded = F.pad(window, (0, min(-window.size(1) % 64, self.config.context_length - window.size(1))))
+            logits = self(padded)[0][:, window.size(1) - 1].float()  # (B, vocab_size)
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
