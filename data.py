@@ -767,11 +767,15 @@ def main():
     vocab_size = args.vocab_size or {"tinystories": 10_000, "cosmopedia": 49_152}.get(args.name, 2048)
     try:
         show(load(args.name, vocab_size, args.tokens and int(args.tokens), args.cache))
+        sys.stdout.flush()
     except DataError as e:
         print(f"data.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("data.py: interrupted; run it again to go on")
+    except BrokenPipeError:  # whoever read the lines has gone (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -319,8 +319,12 @@ def draw_sweep(dir, runs, insights):
              draw_details(dir, drawn, insights, colours, styles, look, by_setting), draw_table(dir, insights, colours)]
 
     fig, ((ax,),) = figure(9, 5)
+    seen = []
     for r in {(r["setting"], r["lr"]): r for r in reversed(drawn)}.values():  # as they were run, one seed each
-        draw_curve(ax, r["train"]["step"], r["train"]["lr"], r["status"] == "diverged", **look[r["name"]])
+        under = seen.count(curve := tuple(r["train"]["lr"]))  # one like another shows as a wide pale line below it
+        draw_curve(ax, r["train"]["step"], r["train"]["lr"], r["status"] == "diverged", **look[r["name"]],
+                   linewidth=1.3 + 4 * under, alpha=0.35 if under else 1, zorder=2 - under / 10)
+        seen.append(curve)
     ax.set(xlabel="step", ylabel="learning rate of the step")
     if max(colours) > 4 * min(colours):
         ax.set_yscale("log")

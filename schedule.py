@@ -125,6 +125,6 @@ if __name__ == "__main__":
         ax.set_title(name)
         ax.grid(alpha=0.3)
     axes[1][0].set_ylabel("factor of the peak rate")
-    axes[-1][1].set_xlabel("optimizer step (10% warm-up, floor 10% of the peak)")
+    axes[-1][1].set_xlabel("optimizer step; 10% warm-up and a floor of 10% of the peak, for the shapes that have them")
     fig.savefig(path, dpi=120)
     print(f"{len(SCHEDULES)} schedules in {path}: {', '.join(SCHEDULES)}")

@@ -506,6 +506,9 @@ def test_command_line(tmp_path, cache):
     assert f"{entropy * corpus.meta['train_tokens'] / corpus.meta['train_bytes']:.3f} bits a byte" in done.stdout
     done = subprocess.run([*run, "nosuch"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("data.py: unknown corpus") and done.stderr.count("\n") == 1
+    with subprocess.Popen([*run, name], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # | head, which has gone
+        assert process.wait(60) == 1 and process.stderr.read() == b""
 
 
 def test_preparing_needs_no_torch():
