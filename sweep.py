@@ -375,15 +375,16 @@ def auto_jobs(preset, gpus):
     How many runs at once, and the seconds before the end of one at which the next may start. Tiny on a CPU: one a core (on 2
     cores two at once, a thread each, take 0.7 of the time that they take in turn); a larger preset fills all cores by itself,
     and a Mac may have one GPU. On GPUs, as far as the free memory goes: many of a small preset, which start and compile while
-    others compute (seven of dense-low on one H100: 194 s at once, 221 s three at a time); of dense one (131 s a run, two at a
-    time 149 s), the next one starting while it ends.
+    others compute (seven of dense-low on one H100: 194 s at once, 221 s three at a time); of moe two; of dense one (131 s a
+    run one at a time, 149 s two at a time), the next one starting while it ends if there is memory for both.
     """
     if not gpus:
         return (min(8, cores()) if preset == "tiny" and sys.platform != "darwin" else 1), 0
-    per_gpu, gib = {"tiny": (4, 2), "dense-low": (8, 6), "dense": (1, 12), "moe": (2, 12)}.get(preset, (1, 1))
+    table = {"tiny": (4, 2, 0), "dense-low": (8, 6, 0), "dense": (1, 12, 15), "moe": (2, 12, 0)}
+    per_gpu, gib, lead = table.get(preset, (1, 1, 0))
     free = ask_nvidia("--query-gpu=memory.free", "--format=csv,noheader,nounits")
     room = min([int(mib) // 1024 // gib for mib in free if mib.isdigit()], default=per_gpu)
-    return len(gpus) * max(1, min(per_gpu, room)), 15 if room > per_gpu else 0
+    return len(gpus) * max(1, min(per_gpu, room)), lead if room > per_gpu else 0
 
 
 def die_with_parent():
@@ -403,8 +404,8 @@ def start(plan, key, slot):
         process = subprocess.Popen(command(plan, key), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=err,
                                    env=env, start_new_session=True,  # Ctrl-C reaches the sweep, which passes it on
                                    preexec_fn=die_with_parent if sys.platform == "linux" else None)
-    return argparse.Namespace(key=key, out=out, process=process, slot=slot, begun=time.time(), first=None, step=0,
-                              left=math.inf)
+    return argparse.Namespace(key=key, out=out, process=process, slot=slot, begun=time.time(), first=math.inf,
+                              step=0, left=math.inf)
 
 
 def stop(jobs):
@@ -435,8 +436,9 @@ def execute(plan, waiting):
              for i in range(plan.jobs)]
     try:
         while waiting or active:
-            slots = set(range(plan.jobs)) - {job.slot for job in active if job.left >= plan.lead}
-            while waiting and slots and len(active) < 2 * plan.jobs:
+            held = [job.slot for job in active]  # by one run, or two while one ends
+            slots = {s for s in range(plan.jobs) if held.count(s) < 2} - {job.slot for job in active if job.left >= plan.lead}
+            while waiting and slots:
                 active.append(start(plan, waiting.pop(0), slots.pop()))
             time.sleep(0.05)
             look = time.time() > looked + 1
@@ -460,7 +462,7 @@ def watch(plan, job, ended, line):
     if run is None or not len(run["train"].get("step", ())):
         return
     losses, step, total = run["train"]["train_loss"], int(run["train"]["step"][-1]), int(run["args"]["max_steps"])
-    job.first = step if job.first is None else job.first
+    job.first = min(job.first, step)  # a run killed and resumed cuts its metrics back to the checkpoint
     speed = (step - job.first) / (time.time() - job.begun)
     job.left = (total - step) / speed if speed else math.inf
     left = tqdm.format_interval(job.left) if speed else "?"
@@ -803,7 +805,8 @@ def parse_args(argv):
     p.add_argument("--vary", action="append", metavar="FLAG=V1,V2", help="any train.py flag; FLAG1,FLAG2=A:B,C:D")
     p.add_argument("--widen", action=argparse.BooleanOptionalAction, help="outward until the optimum is bracketed")
     p.add_argument("--max-runs", type=int, help="at most this many runs (default: 16 for each setting and seed)")
-    p.add_argument("--jobs", default="auto", help="runs at once (default: as many as pay: of tiny one a CPU core)")
+    p.add_argument("--jobs", default="auto", help="runs at once (default: as many as pay: of tiny one a CPU core, "
+                   "of dense one a GPU, the next starting while one ends; a number given is kept to)")
     p.add_argument("--stop-hopeless", action="store_true", help="end runs that are clearly beaten half-way through")
     p.add_argument("--name", help="folder under runs/ (default: from the preset, the study, what varies, and the flags for train.py)")
     p.add_argument("--dry-run", action="store_true", help="print the commands of the next round, one a line, and stop")

@@ -354,7 +354,7 @@ def bench_train(args):
         for name, f in {"attention of one layer, forward and backward": attend,
                         "  torch's fused kernel": partial(F.scaled_dot_product_attention, is_causal=True)}.items():
             row(f"  {name}", median_ms(lambda: torch.autograd.grad(f(*qkv.unbind()), qkv, torch.ones_like(qkv[0])), 3, 5))
-    bytecode = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # without it torch's 1,700 modules are compiled anew each time
+    bytecode = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # where it is set, torch's 1,700 modules are compiled anew at each start
     with tempfile.TemporaryDirectory() as folder:
         for attempt in "first", "second":
             out, start = Path(folder) / attempt, time.perf_counter()

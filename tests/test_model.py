@@ -212,6 +212,10 @@ def test_generate():
     assert greedy.shape == (3, 24) and (greedy[:, :4] == x[:, :4]).all()
     for t in range(4, 24):
         assert (greedy[:, t] == m(greedy[:, max(0, t - SMALL.context_length):t])[0][:, -1].argmax(-1)).all()
+    long = make(replace(SMALL, context_length=160), torch.float32)  # windows are filled up to 64, 128 and 160
+    ids = long.generate(x[:1, :4].repeat(1, 15), 110, temperature=0)
+    for t in range(60, 170):
+        assert ids[0, t] == long(ids[:, max(0, t - 160):t])[0][0, -1].argmax()
     torch.manual_seed(3)
     first = m.generate(x[:, :4], 5, temperature=1.0, top_k=1)
     assert (first == greedy[:, :9]).all()

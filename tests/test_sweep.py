@@ -362,18 +362,29 @@ def test_jobs_and_gpus(monkeypatch, tmp_path):
     smi.write_text("#!/bin/sh\necho 24000\n")
     assert sweep.auto_jobs("dense", ["0"]) == (1, 0)            # 23 GiB: no room for a second run, not even while the first ends
     smi.write_text("#!/bin/sh\necho 80000\n")
-    assert sweep.auto_jobs("dense", ["0"]) == (1, 15)
+    assert sweep.auto_jobs("dense", ["0"]) == (1, 15) and sweep.auto_jobs("dense-low", ["0"]) == (8, 0)
 
 
 def test_on_a_gpu_the_next_run_starts_while_one_ends(tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 80000\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     flags, path = ["--preset", "dense", "--no-widen", "--lrs", "1e-3", "2e-3", "3e-3"], f"{tmp_path}:{os.environ['PATH']}"
-    done = run(tmp_path, *flags, CUDA_VISIBLE_DEVICES="0", FAKE_DELAY="0.06", PATH=path)
+    done = run(tmp_path, *flags, CUDA_VISIBLE_DEVICES="0", FAKE_DELAY="0.12", PATH=path)
     assert done.returncode == 0 and "1 at a time on 1 GPU" in done.stdout, done.stderr
     runs = [tmp_path / "runs/dense" / f"lr{lr}-s0" for lr in ("0.001", "0.002", "0.003")]
     begun, ended = ([(r / name).stat().st_mtime for r in runs] for name in ("config.json", "summary.json"))
     assert begun[0] < begun[1] < ended[0] < begun[2] < ended[1]  # two overlap, never three
+
+
+def test_time_left_of_a_run_that_was_killed_and_goes_back_to_its_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(args=dict(lr=1e-3, seed=0, max_steps=100))))
+    bar = sweep.tqdm(disable=True)
+    plan = sweep.argparse.Namespace(bar=bar, started=1, stop_hopeless=False)
+    job = sweep.argparse.Namespace(key=((), 1e-3, 0), out=tmp_path, begun=time.time() - 10, first=math.inf, step=0, left=math.inf)
+    for steps, left in ((60, math.inf), (50, math.inf), (75, 10)):   # of a second life: 25 steps in 10 s, 25 to go
+        (tmp_path / "metrics.csv").write_text("step,train_loss,val_loss\n" + "".join(f"{i},2.0,\n" for i in range(1, steps + 1)))
+        sweep.watch(plan, job, False, bar)
+        assert job.left == pytest.approx(left, abs=0.5)
 
 
 def test_with_the_real_training_program(tmp_path):
