@@ -27,6 +27,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+try:
+    from attention import RotaryAttention
+except ImportError:  # it is for GPUs and needs Triton, which torch for CUDA brings along
+    RotaryAttention = None
+
 
 @dataclass
 class ModelConfig:
@@ -106,6 +111,23 @@ def attend(q, k, v, dropout=0.0):
     return torch.cat(out, dim=1).unflatten(0, shape[:2])
 
 
+def rotary_attention(qkv, cos, sin, dropout=0.0):
+    """rope and attend for qkv (B, T, 3 n_heads, d_head), by a kernel of its own where that pays -> (B, T, n_heads, d_head)."""
+    n_heads = qkv.size(2) // 3
+    qk, v = qkv.split((2 * n_heads, n_heads), dim=2)
+    qk = rope(qk, cos, sin)
+    if own_kernel_pays(qkv) and not dropout:
+        return RotaryAttention.apply(qkv, qk.detach(), cos, sin)
+    q, k, v = (t.transpose(1, 2) for t in (*qk.chunk(2, dim=2), v))         # (B, n_heads, T, d_head)
+    return attend(q, k, v, dropout).transpose(1, 2)
+
+
+def own_kernel_pays(qkv):
+    """With small heads and short sequences attention.py takes half the time of torch's kernels (tests/bench.py train)."""
+    return (RotaryAttention is not None and qkv.is_cuda and qkv.dtype == torch.bfloat16
+            and qkv.size(1) <= 1024 and qkv.size(3) in (32, 64))
+
+
 def grouped_linear(x, weight, ends):
     """
     Rows of x (rows, d_in), sorted by expert, times that expert's matrix of weight (n_experts, d_out, d_in).
@@ -175,11 +197,9 @@ class Attention(nn.Module):
         self.out = nn.Parameter(torch.empty(c.d_model, c.d_model))
 
     def forward(self, x, cos, sin):
-        qkv = linear(x, self.qkv).unflatten(-1, (3 * self.n_heads, -1))                     # (B, T, 3 n_heads, d_head)
-        qk, v = qkv.split((2 * self.n_heads, self.n_heads), dim=2)
-        q, k, v = (t.transpose(1, 2) for t in (*rope(qk, cos, sin).chunk(2, dim=2), v))     # (B, n_heads, T, d_head)
-        y = attend(q, k, v, self.dropout if self.training else 0.0)
-        return linear(y.transpose(1, 2).flatten(2), self.out)
+        qkv = linear(x, self.qkv).unflatten(-1, (3 * self.n_heads, -1))             # (B, T, 3 n_heads, d_head)
+        y = rotary_attention(qkv, cos, sin, self.dropout if self.training else 0.0)
+        return linear(y.flatten(2), self.out)
 
 
 class SwiGLU(nn.Module):

@@ -390,9 +390,9 @@ def main(argv=None):
                 return 0
 
     # Data, model, optimizers, schedule -------------------------------------------------------------------------------
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
         if rank > 0:
             dist.barrier()  # the first process prepares the data, the others find it ready

@@ -213,6 +213,15 @@ def masked_loop(layer, x):
     return out.view_as(x), torch.zeros(2 + layer.router.size(0), device=x.device)
 
 
+def torch_attention(qkv, cos, sin):
+    """model.rotary_attention with torch's own kernel."""
+    import torch.nn.functional as F
+    from model import rope
+    n_heads = qkv.size(2) // 3
+    q, k, v = (t.transpose(1, 2) for t in (*rope(qkv[:, :, :2 * n_heads], cos, sin).chunk(2, dim=2), qkv[:, :, 2 * n_heads:]))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous()
+
+
 def setup():
     import torch
     import train
@@ -321,8 +330,7 @@ def bench_train(args):
     """--preset dense, --batch-size: complete steps beside a plain reference, where a step's time goes, and start-up."""
     import subprocess
     import torch
-    import torch.nn.functional as F
-    from model import attend, count_parameters
+    from model import count_parameters, rotary_attention
     parser = argparse.ArgumentParser(prog="bench.py train")
     parser.add_argument("--preset", default="dense")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[32])
@@ -349,26 +357,33 @@ def bench_train(args):
         tokens = torch.randint(config.vocab_size, (10**6,)).numpy().astype("uint16")
         import data
         row("  data", median_ms(lambda: data.get_batch(tokens, batch_size, config.context_length, 0, 0), 3, 5))
-        qkv = torch.randn(3, batch_size, config.n_heads, config.context_length, config.d_model // config.n_heads, device=device,
-                          dtype=model.dtype, requires_grad=True)
-        for name, f in {"attention of one layer, forward and backward": attend,
-                        "  torch's fused kernel": partial(F.scaled_dot_product_attention, is_causal=True)}.items():
-            row(f"  {name}", median_ms(lambda: torch.autograd.grad(f(*qkv.unbind()), qkv, torch.ones_like(qkv[0])), 3, 5))
-    bytecode = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # where it is set, torch's 1,700 modules are compiled anew at each start
+        shape = batch_size, config.context_length, config.n_heads, config.d_model // config.n_heads
+        qkv, dy = torch.randn(4, *shape, device=device, dtype=model.dtype).tensor_split((3,))
+        qkv = torch.cat(qkv.unbind(), dim=2)
+        for name, f in {"attention of one layer, forward and backward": rotary_attention,
+                        "  torch's fused kernel": torch_attention}.items():
+            f = torch.compile(f, dynamic=False) if cuda else f
+
+            def both():
+                leaf = qkv.detach().requires_grad_()
+                return torch.autograd.grad(f(leaf, model.cos, model.sin), leaf, dy[0])
+            row(f"  {name}", median_ms(captured(both) if cuda else both, 3, 5))
     with tempfile.TemporaryDirectory() as folder:
-        for attempt in "first", "second":
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton",
+               "PYTHONDONTWRITEBYTECODE": ""}  # where it is set, torch's 1,700 modules are compiled anew at each start
+        for attempt in "cold", "warm":
             out, start = Path(folder) / attempt, time.perf_counter()
             command = [sys.executable, Path(__file__).resolve().parent.parent / "train.py", "--preset", args.preset, "--data", "stdlib",
                        "--max-steps", "10", "--log-interval", "1", "--eval-interval", "10", "--eval-tokens", "1024", "--no-plot",
                        "--sample", "0", "--out", out, "--batch-size", str(args.batch_size[0])]
-            if attempt == "first":
-                subprocess.run([*command, "--dry-run"], check=True, env=bytecode)  # prepares the data
+            if attempt == "cold":
+                subprocess.run([*command, "--dry-run"], check=True, env=env)  # prepares the data
                 start = time.perf_counter()
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=bytecode)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
             while process.poll() is None and not (
                     (out / "metrics.csv").exists() and len((out / "metrics.csv").read_text().splitlines()) > 1):
                 time.sleep(0.05)
-            row(f"start-up to the end of the first step, {attempt} time", (time.perf_counter() - start) * 1e3)
+            row(f"start-up to the end of the first step, {attempt} caches", (time.perf_counter() - start) * 1e3)
             process.wait()
 
 
