@@ -27,11 +27,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-try:
-    from attention import RotaryAttention
-except ImportError:  # it is for GPUs and needs Triton, which torch for CUDA brings along
-    RotaryAttention = None
-
 
 @dataclass
 class ModelConfig:
@@ -112,20 +107,11 @@ def attend(q, k, v, dropout=0.0):
 
 
 def rotary_attention(qkv, cos, sin, dropout=0.0):
-    """rope and attend for qkv (B, T, 3 n_heads, d_head), by a kernel of its own where that pays -> (B, T, n_heads, d_head)."""
+    """rope and attend: qkv (B, T, 3 n_heads, d_head) -> (B, T, n_heads, d_head)."""
     n_heads = qkv.size(2) // 3
     qk, v = qkv.split((2 * n_heads, n_heads), dim=2)
-    qk = rope(qk, cos, sin)
-    if own_kernel_pays(qkv) and not dropout:
-        return RotaryAttention.apply(qkv, qk.detach(), cos, sin)
-    q, k, v = (t.transpose(1, 2) for t in (*qk.chunk(2, dim=2), v))         # (B, n_heads, T, d_head)
+    q, k, v = (t.transpose(1, 2) for t in (*rope(qk, cos, sin).chunk(2, dim=2), v))     # (B, n_heads, T, d_head)
     return attend(q, k, v, dropout).transpose(1, 2)
-
-
-def own_kernel_pays(qkv):
-    """With small heads and short sequences attention.py takes half the time of torch's kernels (tests/bench.py train)."""
-    return (RotaryAttention is not None and qkv.is_cuda and qkv.dtype == torch.bfloat16
-            and qkv.size(1) <= 1024 and qkv.size(3) in (32, 64))
 
 
 def grouped_linear(x, weight, ends):
@@ -193,13 +179,13 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_heads, self.dropout = c.n_heads, c.dropout
+        self.core = rotary_attention  # compiled for a GPU it is attention.py's, which does the same in less time
         self.qkv = nn.Parameter(torch.empty(3, c.d_model, c.d_model))
         self.out = nn.Parameter(torch.empty(c.d_model, c.d_model))
 
     def forward(self, x, cos, sin):
         qkv = linear(x, self.qkv).unflatten(-1, (3 * self.n_heads, -1))             # (B, T, 3 n_heads, d_head)
-        y = rotary_attention(qkv, cos, sin, self.dropout if self.training else 0.0)
-        return linear(y.flatten(2), self.out)
+        return linear(self.core(qkv, cos, sin, self.dropout if self.training else 0.0).flatten(2), self.out)
 
 
 class SwiGLU(nn.Module):
@@ -306,7 +292,7 @@ class Transformer(nn.Module):
         """Continue idx (B, T) by max_new_tokens samples; temperature 0 takes the likeliest, top_k the best few only."""
         for _ in range(max_new_tokens):
             window = idx[:, -self.config.context_length:]
-            # Filled up to a multiple of 64, which no earlier position sees: a GPU's attention library plans each new length anew.
+            # Filled up to a multiple of 64, which no earlier position sees: torch's attention on a GPU plans each new length anew.
             padded = F.pad(window, (0, min(-window.size(1) % 64, self.config.context_length - window.size(1))))
             logits = self(padded)[0][:, window.size(1) - 1].float()  # (B, vocab_size)
             if temperature == 0:

@@ -213,14 +213,18 @@ def describe(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # One step, and one evaluation
 
-def compiled(losses, optimizers, backend):
-    """torch.compile of the model, and with inductor of the optimizers, whose groups differ in shapes but never change them."""
+def compiled(model, optimizers, backend, device):
+    """torch.compile of model.losses, and with inductor of the optimizers, whose groups differ in shapes but never change them."""
     # Otherwise graphs with model.py's autograd functions are never cached, and each start takes 2 s longer (H100).
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     if backend == "inductor":
         for optimizer in optimizers:
             optimizer.update = torch.compile(optimizer.update, dynamic=False)
-    return torch.compile(losses, backend=backend)
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+            from attention import rotary_attention  # not above: it needs Triton, as does inductor on a GPU
+            for block in model.blocks:
+                block.attention.core = rotary_attention
+    return torch.compile(model.losses, backend=backend)
 
 
 def make_step(losses, optimizers, model, args):
@@ -390,9 +394,9 @@ def main(argv=None):
                 return 0
 
     # Data, model, optimizers, schedule -------------------------------------------------------------------------------
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
         if rank > 0:
             dist.barrier()  # the first process prepares the data, the others find it ready
@@ -418,8 +422,9 @@ def main(argv=None):
     schedule = make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
     losses, backend = model.losses, pick_compile(args.compile, device, config, counts["total"], n_tokens)
     if backend:
-        losses = compiled(losses, optimizers, backend)
+        losses = compiled(model, optimizers, backend, device)
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # where streams, graphs and Triton's kernels go
         torch.set_float32_matmul_precision("high")  # TF32
     train_step = make_step(losses, optimizers, model, args)
     if pick_graph(device, dtype, config, backend):

@@ -173,7 +173,7 @@ def full_step(preset, batch_size, device, plain=False, **changes):
         optimizers = train.build_optimizer(model, args.optimizer, args.lr)
         backend = train.pick_compile(None, device, config, sum(p.numel() for p in params),
                                      batch_size * config.context_length * args.max_steps)
-        losses = train.compiled(model.losses, optimizers, backend) if backend else model.losses
+        losses = train.compiled(model, optimizers, backend, device) if backend else model.losses
     step = train.make_step(losses, optimizers, model, args)
     if train.pick_graph(device, dtype, config, backend):
         step = train.graphed(step)
@@ -214,12 +214,12 @@ def masked_loop(layer, x):
 
 
 def torch_attention(qkv, cos, sin):
-    """model.rotary_attention with torch's own kernel."""
+    """model.rotary_attention with torch's own kernel, on a CPU too."""
     import torch.nn.functional as F
     from model import rope
-    n_heads = qkv.size(2) // 3
-    q, k, v = (t.transpose(1, 2) for t in (*rope(qkv[:, :, :2 * n_heads], cos, sin).chunk(2, dim=2), qkv[:, :, 2 * n_heads:]))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous()
+    qk, v = qkv.split((qkv.size(2) // 3 * 2, qkv.size(2) // 3), dim=2)
+    q, k, v = (t.transpose(1, 2) for t in (*rope(qk, cos, sin).chunk(2, dim=2), v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def setup():
@@ -330,7 +330,7 @@ def bench_train(args):
     """--preset dense, --batch-size: complete steps beside a plain reference, where a step's time goes, and start-up."""
     import subprocess
     import torch
-    from model import count_parameters, rotary_attention
+    from model import count_parameters
     parser = argparse.ArgumentParser(prog="bench.py train")
     parser.add_argument("--preset", default="dense")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[32])
@@ -360,8 +360,8 @@ def bench_train(args):
         shape = batch_size, config.context_length, config.n_heads, config.d_model // config.n_heads
         qkv, dy = torch.randn(4, *shape, device=device, dtype=model.dtype).tensor_split((3,))
         qkv = torch.cat(qkv.unbind(), dim=2)
-        for name, f in {"attention of one layer, forward and backward": rotary_attention,
-                        "  torch's fused kernel": torch_attention}.items():
+        for name, f in {"rope and attention of a layer, forward and backward": model.blocks[0].attention.core,
+                        "  with torch's fused kernel": torch_attention}.items():
             f = torch.compile(f, dynamic=False) if cuda else f
 
             def both():

@@ -363,6 +363,15 @@ def test_jobs_and_gpus(monkeypatch, tmp_path):
     assert sweep.auto_jobs("dense", ["0"]) == (1, 0)            # 23 GiB: no room for a second run, not even while the first ends
     smi.write_text("#!/bin/sh\necho 80000\n")
     assert sweep.auto_jobs("dense", ["0"]) == (1, 15) and sweep.auto_jobs("dense-low", ["0"]) == (8, 0)
+    assert sweep.auto_jobs("moe", ["0", "1"]) == (4, 0)
+
+
+@pytest.mark.parametrize("active, lead, free", [
+    ([], 0, [0, 1]), ([(0, 3.0)], 0, [1]), ([(0, 3.0)], 15, [0, 1]), ([(0, 30.0), (1, math.inf)], 15, []),
+    ([(0, 3.0), (0, math.inf), (1, 20.0)], 15, []), ([(0, 3.0), (0, 14.0), (1, 9.0)], 15, [1])])  # two a slot, never three
+def test_slots(active, lead, free):
+    jobs = [sweep.argparse.Namespace(slot=slot, left=left) for slot, left in active]
+    assert sweep.free_slots(jobs, 2, lead) == free
 
 
 def test_on_a_gpu_the_next_run_starts_while_one_ends(tmp_path):

@@ -181,7 +181,7 @@ def test_compiled_steps_are_those_of_the_plain_one(n_experts):
         if backend:
             for optimizer in optimizers:  # as inductor's are
                 optimizer.update = torch.compile(optimizer.update, backend=backend, dynamic=False)
-        losses = train.compiled(model.losses, optimizers, backend) if backend else model.losses
+        losses = train.compiled(model, optimizers, backend, torch.device("cpu")) if backend else model.losses
         step = train.make_step(losses, optimizers, model, args)
         curves.append(torch.stack([step(x, y) for x, y in batches]))
     torch.testing.assert_close(*curves, rtol=1e-3, atol=1e-4)
