@@ -394,7 +394,7 @@ def die_with_parent():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def start(plan, key, slot):
+def start(plan, key, slot, line):
     out, env = plan.dir / folder(*key), dict(os.environ, PYTHONUNBUFFERED="1")
     out.mkdir(parents=True, exist_ok=True)
     if plan.gpus:
@@ -405,8 +405,8 @@ def start(plan, key, slot):
         process = subprocess.Popen(command(plan, key), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=err,
                                    env=env, start_new_session=True,  # Ctrl-C reaches the sweep, which passes it on
                                    preexec_fn=die_with_parent if sys.platform == "linux" else None)
-    return argparse.Namespace(key=key, out=out, process=process, slot=slot, begun=time.time(), first=math.inf,
-                              step=0, left=math.inf)
+    return argparse.Namespace(key=key, out=out, process=process, slot=slot, line=line, begun=time.time(),
+                              first=math.inf, step=0, left=math.inf)
 
 
 def stop(jobs):
@@ -440,18 +440,19 @@ def execute(plan, waiting):
     active, looked = [], 0.0
     plan.started += len(waiting)
     lines = [tqdm(total=0, bar_format="{desc}", position=1 + i, leave=False, disable=plan.bar.disable)
-             for i in range(plan.jobs)]
+             for i in range(plan.jobs * (2 if plan.lead else 1))]
     try:
         while waiting or active:
             for slot in free_slots(active, plan.jobs, plan.lead)[:len(waiting)]:
-                active.append(start(plan, waiting.pop(0), slot))
+                line = min(set(range(len(lines))) - {job.line for job in active})
+                active.append(start(plan, waiting.pop(0), slot, line))
             time.sleep(0.05)
             look = time.time() > looked + 1
             looked = time.time() if look else looked
             for job in list(active):
                 ended = job.process.poll() is not None
                 if look or ended:
-                    watch(plan, job, ended, lines[job.slot])
+                    watch(plan, job, ended, lines[job.line])
                 if ended:
                     active.remove(job)
                     finish(plan, job)
