@@ -376,7 +376,7 @@ def auto_jobs(preset, gpus):
     cores two at once, a thread each, take 0.7 of the time that they take in turn); a larger preset fills all cores by itself,
     and a Mac may have one GPU. On GPUs by the table, as far as the free memory goes; the next run starts early if there is
     memory for one more. Measured on an H100, seconds a run: dense-low 28 seven at once, 32 three at once; dense 131 one at a
-    time, 149 two at once; 117 with the lead and attention.py, which saves 10 of these seconds.
+    time, 149 two at once (with attention.py 126 one at a time, of which the lead hides 15).
     """
     if not gpus:
         return (min(8, cores()) if preset == "tiny" and sys.platform != "darwin" else 1), 0
