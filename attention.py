@@ -183,21 +183,21 @@ attention_backward.register_fake(lambda dy, qk, qkv, *rest: torch.empty_like(qkv
 
 
 class RotaryAttention(torch.autograd.Function):
-    """qkv (B, T, 3 H, D) and qk, its first two thirds turned -> y (B, T, H, D); D a power of 2 from 16 on."""
+    """qkv (B, T, 3 H, D), cos and sin (at least T, D) -> y (B, T, H, D); D a power of 2 from 16 on."""
     @staticmethod
-    def forward(ctx, qkv, qk, cos, sin):
+    def forward(ctx, qkv, cos, sin):
+        qk = model.rope(qkv[:, :, :qkv.size(2) // 3 * 2], cos, sin)
         y, lse = attention(qk, qkv)
         ctx.save_for_backward(qk, qkv, cos, sin, y, lse)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return attention_backward(dy, *ctx.saved_tensors), None, None, None
+        return attention_backward(dy, *ctx.saved_tensors), None, None
 
 
 def rotary_attention(qkv, cos, sin, dropout=0.0):
     """As in model.py: qkv (B, T, 3 H, D) -> y (B, T, H, D); what was not measured to be faster is left to it."""
     if dropout or qkv.element_size() > 2 or qkv.size(1) > 1024 or qkv.size(3) not in (32, 64):
         return model.rotary_attention(qkv, cos, sin, dropout)
-    qk = model.rope(qkv[:, :, :qkv.size(2) // 3 * 2], cos, sin)
-    return RotaryAttention.apply(qkv, qk.detach(), cos, sin)
+    return RotaryAttention.apply(qkv, cos, sin)

@@ -214,7 +214,10 @@ def describe(device):
 # One step, and one evaluation
 
 def compiled(model, optimizers, backend, device):
-    """torch.compile of model.losses, and with inductor of the optimizers, whose groups differ in shapes but never change them."""
+    """
+    torch.compile of model.losses, and with inductor of the optimizers, whose groups differ in shapes but never change them; for
+    a GPU the model first gets the attention of attention.py.
+    """
     # Otherwise graphs with model.py's autograd functions are never cached, and each start takes 2 s longer (H100).
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     if backend == "inductor":

@@ -357,16 +357,15 @@ def bench_train(args):
         tokens = torch.randint(config.vocab_size, (10**6,)).numpy().astype("uint16")
         import data
         row("  data", median_ms(lambda: data.get_batch(tokens, batch_size, config.context_length, 0, 0), 3, 5))
-        shape = batch_size, config.context_length, config.n_heads, config.d_model // config.n_heads
-        qkv, dy = torch.randn(4, *shape, device=device, dtype=model.dtype).tensor_split((3,))
-        qkv = torch.cat(qkv.unbind(), dim=2)
+        qkv, dy = (torch.randn(batch_size, config.context_length, n * config.n_heads, config.d_model // config.n_heads,
+                               device=device, dtype=model.dtype) for n in (3, 1))
         for name, f in {"rope and attention of a layer, forward and backward": model.blocks[0].attention.core,
                         "  with torch's fused kernel": torch_attention}.items():
             f = torch.compile(f, dynamic=False) if cuda else f
 
             def both():
                 leaf = qkv.detach().requires_grad_()
-                return torch.autograd.grad(f(leaf, model.cos, model.sin), leaf, dy[0])
+                return torch.autograd.grad(f(leaf, model.cos, model.sin), leaf, dy)
             row(f"  {name}", median_ms(captured(both) if cuda else both, 3, 5))
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton",

@@ -1,5 +1,6 @@
 """The sweep: what it tries, what it concludes, and that it survives being interrupted. Most tests run fake_train.py
 in place of train.py: the same flags and files, losses from a known law, milliseconds a run."""
+import argparse
 import csv
 import json
 import math
@@ -370,7 +371,7 @@ def test_jobs_and_gpus(monkeypatch, tmp_path):
     ([], 0, [0, 1]), ([(0, 3.0)], 0, [1]), ([(0, 3.0)], 15, [0, 1]), ([(0, 30.0), (1, math.inf)], 15, []),
     ([(0, 3.0), (0, math.inf), (1, 20.0)], 15, []), ([(0, 3.0), (0, 14.0), (1, 9.0)], 15, [1])])  # two a slot, never three
 def test_slots(active, lead, free):
-    jobs = [sweep.argparse.Namespace(slot=slot, left=left) for slot, left in active]
+    jobs = [argparse.Namespace(slot=slot, left=left) for slot, left in active]
     assert sweep.free_slots(jobs, 2, lead) == free
 
 
@@ -388,8 +389,8 @@ def test_on_a_gpu_the_next_run_starts_while_one_ends(tmp_path):
 def test_time_left_of_a_run_that_was_killed_and_goes_back_to_its_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dict(args=dict(lr=1e-3, seed=0, max_steps=100))))
     bar = sweep.tqdm(disable=True)
-    plan = sweep.argparse.Namespace(bar=bar, started=1, stop_hopeless=False)
-    job = sweep.argparse.Namespace(key=((), 1e-3, 0), out=tmp_path, begun=time.time() - 10, first=math.inf, step=0, left=math.inf)
+    plan = argparse.Namespace(bar=bar, started=1, stop_hopeless=False)
+    job = argparse.Namespace(key=((), 1e-3, 0), out=tmp_path, begun=time.time() - 10, first=math.inf, step=0, left=math.inf)
     for steps, left in ((60, math.inf), (50, math.inf), (75, 10)):   # of a second life: 25 steps in 10 s, 25 to go
         (tmp_path / "metrics.csv").write_text("step,train_loss,val_loss\n" + "".join(f"{i},2.0,\n" for i in range(1, steps + 1)))
         sweep.watch(plan, job, False, bar)
