@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from model import PRESETS, ModelConfig, Transformer
-from optim import AdamW, Muon, build_optimizer, newton_schulz, set_lr
+from optim import SGD, AdamW, Muon, build_optimizer, newton_schulz
 
 SHAPES = [(7,), (5, 3), (2, 4, 6)]
 
@@ -24,25 +24,38 @@ def drive(optimizer, params, steps, seed=5):
     return params
 
 
-@pytest.mark.parametrize("settings", [dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1), dict(lr=3e-4, betas=(0.9, 0.999),
-                                      weight_decay=0.0), dict(lr=0.1, betas=(0.0, 0.5), weight_decay=1.0, eps=1e-3)])
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_adamw_is_torchs_adamw(settings, as_tensor):
+@pytest.mark.parametrize("settings", [
+    dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+    dict(lr=3e-4, betas=(0.9, 0.999), weight_decay=0.0),
+    dict(lr=0.1, betas=(0.0, 0.5), weight_decay=1.0, eps=1e-3)])
+def test_adamw_is_torchs_adamw(settings):
     mine, theirs = tensors(), tensors()
-    lr = torch.tensor(settings["lr"]) if as_tensor else settings["lr"]
-    drive(AdamW(mine, **{**settings, "lr": lr}), mine, 20)
+    drive(AdamW(mine, **settings), mine, 20)
     drive(torch.optim.AdamW(theirs, **settings), theirs, 20)
     for a, b in zip(mine, theirs):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_adamw_skips_what_has_no_gradient():
-    params = tensors()
-    before = params[1].detach().clone()
-    optimizer = AdamW(params, lr=0.1)
-    params[0].grad, params[2].grad = torch.ones_like(params[0]), torch.ones_like(params[2])
-    optimizer.step()
-    assert torch.equal(params[1], before) and params[1] not in optimizer.state
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_torchs_sgd(momentum):
+    mine, theirs = tensors(), tensors()
+    drive(SGD(mine, lr=1e-3, momentum=momentum), mine, 20)
+    drive(torch.optim.SGD(theirs, lr=1e-3, momentum=momentum), theirs, 20)
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [AdamW, Muon, SGD])
+def test_a_scale_of_zero_changes_no_weight_whatever_the_gradient(make):
+    params = tensors(shapes=[(4, 3), (2, 3, 4)])
+    before = [p.detach().clone() for p in params]
+    optimizer = make(params, lr=0.1, weight_decay=0.1)
+    params[0].grad = torch.full((4, 3), torch.nan)
+    params[1].grad = torch.full((2, 3, 4), torch.inf)
+    optimizer.step(scale=0.0)
+    assert all(torch.equal(p, q) for p, q in zip(params, before))
+    drive(optimizer, params, 2)
+    assert all(p.isfinite().all() and not torch.equal(p, q) for p, q in zip(params, before))
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64), (3, 5, 24, 8), (4, 8, 24)])
@@ -52,7 +65,7 @@ def test_newton_schulz_is_nearly_the_polar_factor(shape, dtype):
     G = torch.randn(shape)
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     G = U * (0.02 + S / S.amax(-1, keepdim=True))[..., None, :] @ Vh  # keeps away from singular matrices
-    X = newton_schulz(G, 5, dtype)
+    X = newton_schulz(G.to(dtype))
     assert X.dtype == dtype and X.shape == G.shape
     s = torch.linalg.svdvals(X.float())
     assert s.min() > 0.6 and s.max() < 1.25  # the band of these coefficients
@@ -69,7 +82,7 @@ def test_newton_schulz_is_the_formula(shape):
     X = G / torch.linalg.matrix_norm(G, keepdim=True)
     for steps in range(1, 6):
         X = 3.4445 * X - 4.7750 * X @ X.mT @ X + 2.0315 * X @ X.mT @ X @ X.mT @ X
-        torch.testing.assert_close(newton_schulz(G, steps, torch.float64), X, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(newton_schulz(G, steps), X, rtol=1e-5, atol=1e-8)
 
 
 def test_newton_schulz_of_zero_and_of_a_stack():
@@ -108,7 +121,6 @@ def test_muon_equals_one_matrix_at_a_time():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_muon_is_torchs_muon():
     shapes = [(6, 4), (4, 6), (5, 5)]
     mine, theirs = tensors(shapes=shapes), tensors(shapes=shapes)
@@ -119,7 +131,7 @@ def test_muon_is_torchs_muon():
         assert (a - b).norm() / b.norm() < 0.01
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_each_parameter_has_one_owner(name, preset):
     config = PRESETS[preset]
@@ -137,9 +149,9 @@ def test_each_parameter_has_one_owner(name, preset):
     for key, (kind, decayed, lr) in owners.items():
         n = named[key]
         muon = name == "muon" and n.startswith("blocks.") and "norm" not in n
-        assert kind == ("Muon" if muon else "AdamW"), n
+        assert kind == ("Muon" if muon else "SGD" if name == "sgd" else "AdamW"), n
         assert decayed == ("norm" not in n and n != "embed"), n
-        assert lr == (0.02 if muon or name == "adamw" else pytest.approx(0.002)), n
+        assert lr == (0.02 if muon or name != "muon" else pytest.approx(0.002)), n
     if preset == "moe" and name == "muon":
         assert sum(p.numel() for g in optimizers[0].param_groups for p in g["params"]) == 60_180_480
 
@@ -154,8 +166,8 @@ def test_set_lr_scales_every_group_and_the_step_follows():
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         for p in model.parameters():
             p.grad = torch.ones_like(p)
-        set_lr(optimizers, factor)
         for optimizer in optimizers:
+            optimizer.set_lr(factor)
             optimizer.step()
         moved.append({n: (p - before[n]).norm().item() for n, p in model.named_parameters()})
     for n in moved[0]:
@@ -179,15 +191,16 @@ def test_state_survives_saving(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
-@pytest.mark.parametrize("bad", [lambda p: AdamW(p, lr=0), lambda p: AdamW(p, lr=float("nan")), lambda p: AdamW(p, betas=(1, 0)),
-                                 lambda p: Muon(p, lr=-1), lambda p: Muon(p, dtype=torch.float16),
-                                 lambda p: Muon([torch.zeros(3, requires_grad=True)])])
+@pytest.mark.parametrize("bad", [
+    lambda p: AdamW(p, lr=0), lambda p: AdamW(p, lr=float("nan")), lambda p: AdamW(p, betas=(1, 0)),
+    lambda p: Muon(p, lr=-1), lambda p: Muon(p, dtype=torch.float16),
+    lambda p: Muon([torch.zeros(3, requires_grad=True)])])
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError):
         bad(tensors(shapes=[(3, 3)]))
 
 
-@pytest.mark.parametrize("make", [AdamW, Muon])
+@pytest.mark.parametrize("make", [AdamW, Muon, SGD])
 def test_scale_is_a_factor_on_the_gradients(make):
     clipped, plain = tensors(shapes=[(8, 6), (3, 6, 8)]), tensors(shapes=[(8, 6), (3, 6, 8)])
     one, other = make(clipped, lr=0.1), make(plain, lr=0.1)
