@@ -1,161 +1,181 @@
-"""Read run directories, name what their loss curves did, and draw them.
+"""Read the folders of runs, name what their loss curves did, and draw them.
 
-A run is a folder with config.json, metrics.csv and summary.json (train.py writes it); a sweep is a folder of runs.
-Everything here starts from those files, so a picture can be drawn again at any time, from whatever has arrived.
+A run is a folder with config.json, metrics.csv and summary.json (train.py writes it); a sweep is a folder of
+runs. A picture can be drawn again at any time, from whatever has arrived.
 
-    status        what the curve of training losses looks like            (thresholds: the block below)
-    converged     it fell and flattened
-    slow          it fell late, in a sweep to well above the best run: too low a rate, or far too high a one
-    unstable      it spiked or swung, and came back: close to the edge of stability
-    diverged      not finite, or it rose and stayed up: beyond the edge
+    status      what the curve of training losses looks like; the thresholds are the block below
+    diverged    not finite; or it rose and stays up to its end; or it is back where it started; or, beside a
+                better run, it fell early and learned less than half as much: too high a rate to learn with
+    unstable    it jumped, or its smoothed curve rose, beyond the noise, and came back: the edge of stability
+    slow        it has learned nothing yet; or it falls as steadily as a straight line; or, beside a better
+                run, it ended well above it (too low a rate, or too high a one that survived)
+    converged   none of these: it fell and flattened
 
-`unstable` is a rise above the lowest level so far, rise > max(SPIKE, 6 sigma), with sigma the noise of the minibatches,
-estimated from the curve itself by the median absolute second difference (a median does not see the spikes we look for).
+"Beyond the noise" needs sigma, the noise of the minibatches. Second differences of a smooth curve plus noise
+have the variance 6 sigma^2, and their median absolute value does not see the few spikes that we look for:
 
-Colours are viridis (perceptual, safe for colour-blind readers, ordered in grey print too), given by the rank of the
-rate in the sweep, so that a rate has the same colour in every panel of every picture.
+    sigma = median |loss[i+1] - 2 loss[i] + loss[i-1]| / (0.6745 sqrt 6)
 
-    python plot.py runs/tiny/lr0.003-s0     one run: loss_curves.png, lr_schedule.png, and router.png for experts
-    python plot.py runs/tiny                a sweep: all pictures, the table and the analysis (through sweep.report)
+Colours are viridis (even steps to the eye, safe for colour-blind readers, ordered in grey print) by the rank
+of the rate, so that a rate has one colour in every picture of a sweep.
+
+    python plot.py runs/tiny/lr0.003-s0   a run: loss_curves.png, lr_schedule.png, router.png for experts
+    python plot.py runs/tiny              a sweep: starts python sweep.py --report, which draws and analyses
 """
-import csv
+import array
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Thresholds, in nats unless said otherwise
+# ----------------------------------------------------------------------------------------------------
+# Status of a loss curve: thresholds in nats, unless they say otherwise
 
-SPIKE = 0.5         # a rise by half a nat is 65% more perplexity: no minibatch noise of a healthy run is that large
-NOISE_CAP = 0.2     # minibatch noise of healthy small runs is 0.05 to 0.2; a noisier curve is swinging, not noisy
-NOISE_SIGMAS = 6.0  # 1,000 normal draws stay within 3.3 sigma of their mean and a median of 5 within 1.8: 5.1 in all
-STAYS_UP = 0.5      # ends this far above its own lowest level (or above its start) and does not come back: diverged
-STAY_SHARE = 0.3    # "stays" is the last 30% of the curve, so that one late spike is not a divergence
-STEADY = 0.7 / 3    # share of the whole descent made in the last third: a straight line has 1/3, a flattening run less
-LATE = 0.35         # share made after the first third: a starved run under a cosine schedule has 0.5, a good one 0.2
-PLATEAU = 0.15      # ... and one that sits on a plateau hardly anything; with less than half of the best's descent
-STUCK = 0.5         #     it learned letter frequencies at most: a rate too high to learn, called diverged
-SLOW_GAP = 0.1      # "well above the best": 10% more perplexity
-EARLY_POINTS = 10   # has_diverged waits for this many points above the line: a warm-up bump is shorter
-EARLY_RISE = 1.0    # and wants twice the rise that the finished curve would need
-STATUSES = ("converged", "slow", "unstable", "diverged")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Status of a loss curve
-
-def rolling_median(losses, width=5):
-    """Median of each point and the up to width - 1 points before it."""
-    padded = np.concatenate([np.full(width - 1, np.nan), losses])
-    return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1)
-
-
-def noise_sigma(losses):
-    """Minibatch noise: second differences of a smooth curve plus noise have variance 6 sigma^2; MAD ignores spikes."""
-    return float(np.median(np.abs(np.diff(losses, 2))) / 0.6745 / 6 ** 0.5) if len(losses) > 3 else 0.0
+SPIKE = 0.5         # a loss above the lowest level before it; 65% more perplexity is no minibatch's luck
+SPIKE_SIGMAS = 8.0  # ... and beyond the noise: 1,000 normal draws lie within 3.3 sigma of their mean
+RISE = 0.1          # the median of a few losses in a row above its own lowest value
+RISE_SIGMAS = 9.0   # ... in sigma / sqrt(losses in a row): medians vary by 1.25 of these, their range is 7
+NOISE_CAP = 0.2     # minibatch noise of healthy small runs is 0.05 to 0.2; a noisier curve is swinging
+STAYS_UP = 0.3      # the last tenth lies this far above the lowest level, and a third of the largest rise
+LEARNED = 0.75      # a run starts at ln(vocabulary); less than this below has learned nothing
+STEADY = 0.27       # share of the descent from the second third to the last: 1/3 for a straight line
+SLOW_GAP = 0.25     # "well above" the sweep's best run: 28% more perplexity
+HALF = 0.5          # learned less than half as much as the best run, and half of that in the first third
+GONE = 1.0          # has_diverged: this far above its lowest loss ...
+GONE_POINTS = 10    # ... for so many log steps, and for half of the run: a warm-up bump is shorter
+EDGE = ("unstable", "diverged")
+STATUSES = ("converged", "slow", *EDGE)
 
 
 def classify(losses, best=None):
-    """Status of a curve of training losses (nats, in order, at least 2); best: final loss of the sweep's best run."""
+    """Status of a curve of training losses (nats, in order); best: the final loss of the sweep's best run."""
     losses = np.asarray(losses, float)
+    n = len(losses)
     if has_diverged(losses):
         return "diverged"
-    n = len(losses)
-    if n < 2:  # too short to say more
-        return "converged"
-    smooth = rolling_median(losses)
-    level = np.minimum.accumulate(smooth)                   # the lowest level so far, deaf to single lucky batches
-    curve = smooth if n > 10 else losses
-    stay = max(2, round(STAY_SHARE * n))
-    if n > 2 and curve[-stay:].min() > min(losses[0], level[-stay] + STAYS_UP):
+    if n < 3:
+        return "slow"
+
+    # The curve, smoothed by medians that a single spike does not move, and its lowest level so far.
+    width = min(max(1, n // 25), 8)
+    curve = np.median(np.lib.stride_tricks.sliding_window_view(losses, width), axis=1)
+    lowest = np.minimum.accumulate(curve)
+    sigma = min(NOISE_CAP, np.median(np.abs(np.diff(losses, 2))) / 0.6745 / 6 ** 0.5)
+    spike = (losses[width:] - lowest[:-1]).max()
+    rise = (curve - lowest).max()
+    rose = spike > max(SPIKE, SPIKE_SIGMAS * sigma) or rise > max(RISE, RISE_SIGMAS * sigma / width ** 0.5)
+
+    # Where it ended: the lowest of its last tenth, so that a spike at the very end is not a divergence.
+    end = curve[-max(3, n // 10):].min()
+    learned = losses[0] - end
+    if learned < max(LEARNED, 5 * sigma):
+        return "diverged" if rose and rise > GONE else "slow"
+    if rose and end - lowest[-1] > max(STAYS_UP, rise / 3):
         return "diverged"
-    rise = (losses[1:] - level[:-1]).max()
-    if rise > max(SPIKE, NOISE_SIGMAS * min(noise_sigma(losses), NOISE_CAP)):
+    early, middle, late = [np.median(third) for third in np.array_split(losses, 3)]
+    if best is not None and learned < HALF * (losses[0] - best) and losses[0] - early > HALF * learned:
+        return "diverged"
+    if rose:
         return "unstable"
-    start, third, two_thirds, end = np.interp([0, (n - 1) / 3, (n - 1) / 1.5, n - 1], np.arange(n), curve)
-    descent = max(start - end, 1e-9)
-    if best is None:
-        return "slow" if (two_thirds - end) / descent >= STEADY else "converged"
-    if end > best + SLOW_GAP:
-        if (third - end) / descent >= LATE:
-            return "slow"
-        if (third - end) / descent < PLATEAU and descent < STUCK * (start - best):
-            return "diverged"
+    if middle - late > STEADY * learned or (best is not None and end > best + SLOW_GAP):
+        return "slow"
     return "converged"
 
 
 def has_diverged(losses):
-    """Is it hopeless already? For stopping early: must not fire on a run that can still recover from a bump.
+    """Is it hopeless already? For stopping early: must not fire on a run that can still recover from a spike.
 
-    True when a loss is not finite, or when half of the curve so far, and at least EARLY_POINTS points, lies above where
-    it started (a model that knows nothing scores ln(vocab)), or far above its own lowest level without coming down.
+    True when a loss is not finite, or when half of the losses lie far above all before and do not come down.
     """
     losses = np.asarray(losses, float)
     if not np.isfinite(losses).all():
         return True
-    n = len(losses)
-    half = max(EARLY_POINTS, n // 2)
-    if n < half + 2:
+    half = max(GONE_POINTS, len(losses) // 2)
+    before = losses[:-half]
+    since = losses[-half:]
+    if len(before) < 2 or since.min() < before.min() + GONE:
         return False
-    late = losses[-half:]
-    if late.min() > losses[0] + STAYS_UP:
-        return True
-    lowest = rolling_median(losses[:-half]).min()
-    return bool(late.min() > lowest + EARLY_RISE and np.median(late[half // 2:]) > np.median(late[:half // 2]) - 0.1)
+    return bool(np.median(since[half // 2:]) > np.median(since[:half // 2]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
+# ----------------------------------------------------------------------------------------------------
+# Reading: what is damaged or half written is left out, and never stops anything
+
+COLUMNS = ("step", "tokens", "elapsed", "lr", "train_loss", "grad_norm", "tokens_per_sec",
+           "val_loss", "val_accuracy", "val_perplexity", "val_bpb")
+
 
 def read_json(path):
+    """The object in a JSON file as a dict, or None where there is none that can be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def read_metrics(path):
-    """metrics.csv -> (train, val), dicts of columns: the rows that hold a train_loss and those that hold a val_loss.
+    """metrics.csv -> train, val: {column: array} of the rows of steps (they have an lr) and of evaluations.
 
-    An empty cell is nan. A last line without its newline is a row cut off while it was written, and is left out.
+    All of COLUMNS are there, nan where the file has nothing; damaged and unfinished rows are left out.
+    Numbers go into one flat array of doubles: a million rows take 2 seconds.
     """
+    head = []
+    table = array.array("d")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+        with open(path, encoding="utf-8", errors="replace") as file:
+            head = file.readline().strip().split(",")
+            for line in file:
+                try:
+                    row = [float(cell or "nan") for cell in line.strip("\n").split(",")]
+                except ValueError:
+                    continue
+                if len(row) == len(head) and line.endswith("\n"):
+                    table.extend(row)
     except OSError:
-        lines = []
-    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
-
-    def columns(kind):
-        kept = [r for r in rows if r.get(kind)]
-        return {c: np.array([float(r[c] or "nan") for r in kept]) for c in (rows[0] if kept else ())}
-    return columns("train_loss"), columns("val_loss")
+        pass
+    rows = np.array(table).reshape(-1, max(1, len(head)))
+    columns = dict.fromkeys(COLUMNS, np.full(len(rows), np.nan)) | dict(zip(head, rows.T))
+    kinds = np.isfinite(columns["lr"]), np.isfinite(columns["val_loss"])
+    return [{name: column[kind] for name, column in columns.items()} for kind in kinds]
 
 
 def read_run(dir):
-    """One run as {dir, name, config, args, summary, train, val}, or None where no readable config.json lies."""
+    """{dir, name, config, args, lr, seed, summary, train, val}; None without a readable config.json."""
     dir = Path(dir)
-    config = read_json(dir / "config.json")
-    if not config or "args" not in config:
+    config = read_json(dir / "config.json") or {}
+    try:
+        lr = float(config["args"]["lr"])
+        seed = int(config["args"]["seed"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    if not 0 < lr < np.inf:   # no place on a log axis
         return None
     train, val = read_metrics(dir / "metrics.csv")
-    return dict(dir=dir, name=dir.name, config=config, args=config["args"], lr=float(config["args"]["lr"]),
-                seed=int(config["args"]["seed"]), summary=read_json(dir / "summary.json") or {}, train=train, val=val)
+    return dict(dir=dir, name=dir.name, config=config, args=config["args"], lr=lr, seed=seed,
+                summary=read_json(dir / "summary.json") or {}, train=train, val=val)
 
 
 def read_runs(dir):
     """All runs directly under dir, ordered by rate and seed."""
-    runs = [read_run(d) for d in sorted(Path(dir).iterdir()) if d.is_dir()]
-    return sorted((r for r in runs if r), key=lambda r: (r["lr"], r["seed"], r["name"]))
+    runs = [read_run(path) for path in Path(dir).iterdir() if path.is_dir()]
+    return sorted(filter(None, runs), key=lambda run: (run["lr"], run["seed"], run["name"]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Drawing: helpers
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#888888"   # safe for colour-blind readers (Okabe and Ito)
-STATUS_COLOURS = dict(converged=BLUE, slow="#56B4E9", unstable="#E69F00", diverged=ORANGE, stopped=GREY)
-STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"), ((0, (1, 3)), "P")]
+COLOURS = {"best": "#0072B2", "unstable": "#E69F00", "diverged": "#D55E00"}   # safe for colour-blind readers
+LINES = ("-", "--", ":", "-.")
+LABELS = {"train_loss": "training loss (nats a token)", "val_loss": "validation loss (nats a token)",
+          "lr": "learning rate of the step", "grad_norm": "gradient norm before clipping",
+          "val_accuracy": "next-token accuracy", "val_perplexity": "perplexity",
+          "max_grad_norm": "largest gradient norm", "accuracy_per_minute": "accuracy a minute",
+          "status": "worst status of the seeds"}
+LOG = ("lr", "grad_norm", "max_grad_norm", "val_perplexity")
 
 
 def rate(lr):
@@ -166,322 +186,248 @@ def rate(lr):
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def rate_colours(rates):
-    """{rate: colour} by rank, dark for low; the pale end of viridis is left out, it is hard to see on white."""
-    from matplotlib import colormaps
-    rates = sorted(set(rates))
-    return {lr: colormaps["viridis"](0.92 * i / max(1, len(rates) - 1)) for i, lr in enumerate(rates)}
-
-
-def figure(width, height, rows=1, cols=1, **kw):
-    """A Figure on its own Agg canvas, and its axes as an array (rows, cols): no pyplot, no display, no global state."""
+def figure(width, height, rows=1, cols=1):
+    """A Figure (inches) on an Agg canvas, without pyplot's display and global state; its axes in order."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(fig)
-    axes = fig.subplots(rows, cols, squeeze=False, **kw)
-    for ax in axes.flat:
+    axes = fig.subplots(rows, cols, squeeze=False).flatten()
+    for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.6)
+        ax.grid(alpha=0.25)
     return fig, axes
 
 
 def save(fig, path):
-    """Under a temporary name first: a reader never sees half a picture."""
-    fig.savefig(path.with_suffix(".tmp"), format="png")
-    return path.with_suffix(".tmp").replace(path)
+    """Written aside and renamed: a reader never sees half a picture. Returns the path."""
+    aside = path.with_name(path.name + ".tmp")
+    fig.savefig(aside, format="png")
+    return aside.replace(path)
 
 
-def plain_log(ax):
-    """A log axis upward with 0.2 and 500 where matplotlib would write powers of ten."""
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    ax.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
+def points(run, column):
+    """Steps and values of a column, averaged in blocks to at most 100: minibatch noise hides who is lower."""
+    part = "val" if column == "val_loss" else "train"
+    rows = np.stack([run[part]["step"], run[part][column]])
+    rows = rows[:, np.isfinite(rows).all(axis=0)]
+    block = 1 + rows.shape[1] // 100
+    whole = rows.shape[1] // block * block
+    return rows[:, :whole].reshape(2, -1, block).mean(axis=2)   # (2, points)
 
 
-def rate_axis(ax, rates, settings):
-    """A log axis of rates with ticks that people would choose; the settings side by side where there is but one rate.
-    Returns where(setting, lr): the place on this axis."""
-    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
-    low, high = min(rates), max(rates)
-    if low == high and len(settings) > 1:
-        ax.set_xticks(range(len(settings)), settings, rotation=20 if len(settings) > 3 else 0)
-        ax.set_xlim(-0.5, len(settings) - 0.5)
-        return lambda setting, lr: settings.index(setting)
-    margin, decades = 1.1 if high < 3 * low else 1.25, np.log10(high / low)
-    ax.set(xscale="log", xlabel="peak learning rate", xlim=(low / margin, high * margin))
-    subs = (1, 2, 3, 4, 5, 7) if decades < 0.8 else (1, 2, 3, 5) if decades < 1.2 else (1, 3) if decades < 4 else (1,)
-    ax.xaxis.set_major_locator(FixedLocator([low]) if low == high else LogLocator(subs=subs))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(lambda x, _: rate(x))
-    return lambda setting, lr: lr
+def loss_axis(ax, losses):
+    """An upward axis for losses (nats), logarithmic in the distance from a little below the lowest.
+
+    It tells losses apart that end close together, and gives little room to the early fall that runs share.
+    """
+    if not len(losses):
+        return
+    span = max(np.ptp(losses), 0.05)
+    floor = min(losses) - 0.1 * span
+    ticks = floor + span * np.array([0.1, 0.15, 0.22, 0.32, 0.48, 0.72, 1.1])
+    ax.set_yscale("function", functions=(lambda y: np.log(np.maximum(y - floor, 1e-6)),
+                                         lambda z: np.exp(z) + floor))
+    ax.set_ylim(floor + 0.08 * span, floor + 1.15 * span)
+    ax.set_yticks(ticks, [f"{tick:.4g}" for tick in ticks])
 
 
-def loss_limits(ax, curves):
-    """From the lowest loss to where the curves began: what diverged beyond that does not squash the rest."""
-    curves = [c[np.isfinite(c)] for c in curves if np.isfinite(c).any()]
-    if curves:
-        low, high = min(c.min() for c in curves), max(c[0] for c in curves)
-        high = 1.5 * high if high - low < 0.1 * high else high   # nothing fell: every run diverged
-        ax.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+def looks(runs):
+    """{(setting, lr): (x, style)}: colour tells the rate, the kind of line the setting.
+
+    x is the place on an axis of rates, settings side by side. With one rate, colour tells the settings.
+    """
+    from matplotlib import colormaps
+    settings = list(dict.fromkeys(run["setting"] for run in runs))
+    rates = sorted({run["lr"] for run in runs})
+    look = {}
+    for run in runs:
+        i = settings.index(run["setting"])
+        shade = rates.index(run["lr"]) / len(rates)   # below 1: the last of viridis, yellow, pales on white
+        if len(rates) == 1:
+            shade = i / len(settings)
+        style = dict(color=colormaps["viridis"](shade), linestyle=LINES[i % len(LINES)])
+        look[run["setting"], run["lr"]] = (run["lr"] * 1.04 ** i, style)
+    return look
 
 
-def smooth(values):
-    """Running mean over a fiftieth of the curve: minibatch noise hides the order of neighbouring rates."""
-    width = max(1, len(values) // 50)
-    if width == 1 or not np.isfinite(values).all():
-        return values
-    total, upto = np.cumsum(np.insert(values, 0, 0.0)), np.arange(1, len(values) + 1)
-    first = np.maximum(0, upto - width)
-    return (total[upto] - total[first]) / (upto - first)
+def legend(fig, runs, look):
+    """Beside the panels: a line for a rate, with how many of its runs were at the edge."""
+    from matplotlib.lines import Line2D
+    handles = []
+    for setting, lr in sorted(look, key=lambda key: (key[0], -key[1])):
+        found = [run["status"] for run in runs if (run["setting"], run["lr"]) == (setting, lr)]
+        notes = [f"{found.count(status)} of {len(found)} {status}" for status in EDGE if status in found]
+        _, style = look[setting, lr]
+        handles.append(Line2D([], [], label=", ".join(filter(None, [rate(lr), setting, *notes])), **style))
+    columns = 1 + len(handles) // 28
+    fig.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8, ncols=columns)
 
 
-def draw_curve(ax, x, y, died=False, **style):
-    """A line up to its last finite value; a run that died gets an x there, at the top of the axis if it left it."""
-    ok = np.isfinite(y)
-    line, = ax.plot(x[ok], y[ok], **{"linewidth": 1.3, **style})
-    if died and ok.any():
-        ax.plot(x[ok][-1], min(y[ok][-1], ax.get_ylim()[1]), "x", color=line.get_color(), markersize=8,
-                markeredgewidth=2.2, clip_on=False, zorder=5)
+def draw_curves(runs, look, columns):
+    """A panel a column against the step; the axis of a loss is set by the runs that survived."""
+    fig, axes = figure(5 + 4 * len(columns), 5.5, 1, len(columns))
+    for ax, column in zip(axes, columns):
+        curves = [(run, *points(run, column)) for run in runs]
+        ax.set(xlabel="step", ylabel=LABELS[column])
+        if column in LOG:
+            ax.set_yscale("log")
+        else:   # from the lowest to where they began
+            alive = [values for run, _, values in curves if run["status"] != "diverged"]
+            loss_axis(ax, [loss for values in alive for loss in np.minimum(values, values[:1])])
+        for run, steps, values in curves:
+            _, style = look[run["setting"], run["lr"]]
+            ax.plot(steps, values, linewidth=1.3, **style)
+            if run["status"] == "diverged" and len(steps):   # an x where it ended, or left the axis
+                top = min(values[-1], ax.get_ylim()[1])
+                ax.plot(steps[-1], top, "x", color=style["color"], clip_on=False)
+    legend(fig, runs, look)
+    return fig
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The pictures of a run
 
 def draw_run(dir):
-    """In its folder: loss_curves.png, lr_schedule.png, and router.png where there are experts. Returns the paths."""
+    """In its folder: loss_curves.png, lr_schedule.png, router.png where there are experts. Returns paths."""
     run = read_run(dir)
-    if run is None or not len(run["train"].get("step", ())):
+    if run is None or not len(run["train"]["step"]):
         return []
-    train, val, status = run["train"], run["val"], run["summary"].get("status", "running")
-    fig, ((ax, ax2),) = figure(11, 4.2, 1, 2, width_ratios=(3, 2))
-    loss_limits(ax, [smooth(train["train_loss"]), val.get("val_loss", np.zeros(0))])
-    draw_curve(ax, train["step"], train["train_loss"], color="#9ecae1", label="training, mean between two log steps")
-    draw_curve(ax, train["step"], smooth(train["train_loss"]), status == "diverged", color="#08519c",
-               label="training, running mean")
-    if len(val.get("step", ())):
-        draw_curve(ax, val["step"], val["val_loss"], color=ORANGE, marker="o", markersize=4, label="validation")
-    ax.set(xlabel="step", ylabel="loss (nats a token)", title=f"lr {rate(run['lr'])}, seed {run['seed']}: {status}")
-    ax.legend(frameon=False)
-    draw_curve(ax2, train["step"], train["grad_norm"], color="#08519c")
-    ax2.set(xlabel="step", ylabel="gradient norm before clipping")
-    plain_log(ax2)
-    paths = [save(fig, run["dir"] / "loss_curves.png")]
-
-    fig, ((ax,),) = figure(7, 3.5)
-    draw_curve(ax, train["step"], train["lr"], color="#08519c")
-    ax.set(xlabel="step", ylabel="learning rate", ylim=(0, None),
-           title=f"{run['args'].get('schedule', 'schedule')}, peak {rate(run['lr'])}")
-    paths.append(save(fig, run["dir"] / "lr_schedule.png"))
-
-    layers = sorted({int(c[7:].split("_")[0]) for c in train if c.startswith("share_L")})
-    if layers:
-        fig, axes = figure(9, 1.2 + 1.1 * len(layers), len(layers), 1, sharex=True)
-        for layer, ax in zip(layers, axes[:, 0]):
-            columns = [c for c in train if c.startswith(f"share_L{layer}_E")]
-            share = np.stack([train[c] for c in columns])   # (experts, log steps)
-            image = ax.pcolormesh(train["step"], np.arange(len(columns)), share, shading="nearest", cmap="viridis",
-                                  vmin=0, vmax=4 / len(columns))  # one scale for all layers and runs
-            ax.set_ylabel(f"layer {layer}\nexpert")
-            ax.grid(False)
-        fig.colorbar(image, ax=axes, label=f"share (even: {1 / len(columns):.3g})", extend="max")
-        axes[0, 0].set_title("share of the assignments that each expert gets")
-        axes[-1, 0].set_xlabel("step")
-        paths.append(save(fig, run["dir"] / "router.png"))
-    return paths
+    run["status"] = run["summary"].get("status", "running")
+    run["setting"] = f"seed {run['seed']}: {run['status']}"
+    look = looks([run])
+    pictures = {"loss_curves.png": draw_curves([run], look, ["train_loss", "val_loss", "grad_norm"]),
+                "lr_schedule.png": draw_curves([run], look, ["lr"])}
+    experts = [name for name in run["train"] if name.startswith("share_L")]   # share_L0_E0, share_L0_E1 ...
+    if experts:
+        share = np.stack([points(run, name)[1] for name in experts])   # (layers * experts, points)
+        fig, [ax] = figure(9, 1.5 + 0.16 * len(experts))
+        image = ax.imshow(share, vmin=0, aspect="auto", extent=(0, run["train"]["step"][-1], len(experts), 0))
+        ax.set(xlabel="step", ylabel="expert, layer after layer")
+        fig.colorbar(image, label="share of its layer's assignments")
+        pictures["router.png"] = fig
+    return [save(fig, run["dir"] / name) for name, fig in pictures.items()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The pictures of a sweep
 
 def draw_sweep(dir, runs, insights):
-    """All of them. runs: with status, loss and setting as sweep.analyse leaves them; insights: what it found."""
+    """All of them, from runs with status, loss and setting as sweep.analyse leaves them, and its insights."""
     if not runs:
         return []
-    dir, settings = Path(dir), list(dict.fromkeys(r["setting"] for r in runs))
-    colours, styles = rate_colours(r["lr"] for r in runs), {s: STYLES[i % len(STYLES)] for i, s in enumerate(settings)}
-    named = rate_colours(range(len(settings))).values() if len(colours) == 1 < len(settings) else ()
-    by_setting = dict(zip(settings, named))   # where there is but one rate, colour tells the settings apart
-    look = {r["name"]: dict(color=by_setting.get(r["setting"], colours[r["lr"]]), linestyle=styles[r["setting"]][0])
-            for r in runs}
-    drawn = [r for r in runs if len(r["train"].get("step", ()))]
+    look = looks(runs)
+    pictures = {"lr_sweep_comparison.png": draw_curves(runs, look, ["train_loss", "val_loss"]),
+                "lr_vs_final_loss.png": draw_losses(runs, look, insights),
+                "detailed_comparison.png": draw_details(runs, look, insights),
+                "lr_schedules.png": draw_curves(runs, look, ["lr"]),
+                "summary_table.png": draw_table(insights)}
+    return [save(fig, Path(dir) / name) for name, fig in pictures.items()]
 
-    fig, (axes,) = figure(13, 5.6, 1, 2)
-    for ax, part, name in ((axes[0], "train", "training"), (axes[1], "val", "validation")):
-        shown = [(r, r[part]["step"], r[part][f"{part}_loss"]) for r in runs if len(r[part].get("step", ()))]
-        shown = [(r, x, smooth(y) if part == "train" else y) for r, x, y in shown]
-        loss_limits(ax, [y for _, _, y in shown])
-        for r, x, y in shown:
-            draw_curve(ax, x, y, r["status"] == "diverged", alpha=0.85, **look[r["name"]])
-        ax.set(xlabel="step", ylabel=f"{name} loss (nats a token)")
-    legend(fig, runs, colours, styles, by_setting)
-    paths = [save(fig, dir / "lr_sweep_comparison.png"), draw_valley(dir, runs, insights, colours, styles),
-             draw_details(dir, drawn, insights, colours, styles, look, by_setting), draw_table(dir, insights, colours)]
 
-    fig, ((ax,),) = figure(9, 5)
-    seen = []
-    for r in {(r["setting"], r["lr"]): r for r in reversed(drawn)}.values():  # as they were run, one seed each
-        under = seen.count(curve := tuple(r["train"]["lr"]))  # one like another shows as a wide pale line below it
-        draw_curve(ax, r["train"]["step"], r["train"]["lr"], r["status"] == "diverged", **look[r["name"]],
-                   linewidth=1.3 + 4 * under, alpha=0.35 if under else 1, zorder=2 - under / 10)
-        seen.append(curve)
-    ax.set(xlabel="step", ylabel="learning rate of the step")
-    if max(colours) > 4 * min(colours):
+def draw_panel(ax, look, insights, column):
+    """A column of insights' rates against the rate; x: some of its runs diverged; a line joins the rest."""
+    rates = sorted({lr for _, lr in look})
+    ax.set(xscale="log", xlabel="peak learning rate", ylabel=LABELS[column])
+    ax.set_xticks(rates, [rate(lr) for lr in rates], rotation=90, fontsize=8)
+    ax.minorticks_off()
+    if column in LOG:
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(lambda x, _: rate(x))
-    legend(fig, runs, colours, styles, by_setting)
-    return paths + [save(fig, dir / "lr_schedules.png")]
+    for setting in insights["settings"]:
+        alive = []
+        for row in setting["rates"]:
+            x, style = look[setting["label"], row["lr"]]
+            value = row[column]
+            if column == "status":
+                value = STATUSES.index(value)
+            if row["diverged"]:
+                ax.plot(x, 1, "x", color=style["color"], clip_on=False, transform=ax.get_xaxis_transform())
+            if value is not None:
+                ax.plot(x, value, "o", color=style["color"])
+                alive.append((x, value))
+        ax.plot(*np.reshape(alive, (-1, 2)).T, color="#999999", linewidth=1, zorder=1)
 
 
-def legend(fig, runs, colours, styles, by_setting):
-    """Beside the panels: a rate a line with the worst that befell it, highest on top; then the settings."""
-    from matplotlib.lines import Line2D
-    found, handles = {(r["lr"], r["status"]) for r in runs}, []
-    for lr in [] if by_setting else sorted(colours)[::-1]:
-        note = [s for s in ("diverged", "unstable", "stopped", "running", "interrupted") if (lr, s) in found]
-        handles.append(Line2D([], [], color=colours[lr], linewidth=2.5, label=" ".join([rate(lr), *note[:1]])))
-    if len(styles) > 1:
-        handles += [Line2D([], [], color=by_setting.get(s, "#444444"), linestyle=style, label=s)
-                    for s, (style, _) in styles.items()]
-    fig.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8 if len(handles) > 14 else 9,
-               title=f"learning rate {rate(min(colours))}" if by_setting else "learning rate", alignment="left")
+def draw_losses(runs, look, insights):
+    """Final loss against rate, the interval of the optimum, and the two edges, of the setting to use."""
+    fig, [ax] = figure(11, 6)
+    draw_panel(ax, look, insights, "val_loss")
+    loss_axis(ax, [run["loss"] for run in runs if run["loss"] not in (None, np.inf)])
+    ax.set_xlabel("peak learning rate (small: a run, orange if unstable; large: mean; x: diverged)")
+    for run in runs:
+        x, style = look[run["setting"], run["lr"]]
+        if run["loss"] is not None:
+            ax.plot(x, run["loss"], ".", color=COLOURS.get(run["status"], style["color"]))
+
+    use = insights["use"]
+    if use:
+        left, right = ax.get_xlim()
+        ends = [f"{side} {rate(use[end])}" for side, end in (("above", "low"), ("below", "high")) if use[end]]
+        label = f"use {rate(use['lr'])} {use['setting']}"
+        ax.axvline(use["lr"], color=COLOURS["best"], zorder=0, label=label)
+        if ends:
+            ax.axvspan(use["low"] or left, use["high"] or right, color=COLOURS["best"], alpha=0.12, zorder=0,
+                       label="optimum " + " and ".join(ends))
+        edges = {setting["label"]: setting["edge"] or {} for setting in insights["settings"]}
+        for status, line in zip(EDGE, (":", "--")):
+            first = edges[use["setting"]].get(status)
+            if first:
+                label = f"first {status}: {rate(first['lr'])} ({first['seeds']} of {first['of']} seeds)"
+                ax.axvline(first["lr"], color=COLOURS[status], linestyle=line, zorder=0, label=label)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=2, frameon=False)
+    legend(fig, runs, look)
+    return fig
 
 
-def draw_valley(dir, runs, insights, colours, styles):
-    """Final loss against rate: every run, and of the setting that the analysis tells of, the fitted curve, the interval of the
-    optimum and the edge. Beside it the neighbourhood of the optimum again, where there are enough rates to look closer."""
-    ended = [r for r in runs if r["loss"] is not None]
-    best = next((s for s in insights["settings"] if s["label"] == (insights["use"] or {}).get("setting")), None)
-    o, edge = (best["optimum"], best["edge"]) if best else (None, None)
-    close = [lr for lr in sorted(colours) if o and o["low"] / 2.5 < lr < o["high"] * 2.5]
-    closer = 3 <= len(close) < len(colours)
-    fig, (axes,) = figure(14 if closer else 9.5, 5.6, 1, 1 + closer)
-    for ax, rates in zip(axes, (sorted(colours), close)):
-        where, right = rate_axis(ax, rates, list(styles)), ax.get_xlim()[1]
-        finals = [r["loss"] for r in ended if np.isfinite(r["loss"]) and r["lr"] in rates]
-        if finals:
-            pad = 0.06 * max(max(finals) - min(finals), 0.01)
-            ax.set_ylim(min(finals) - 1.5 * pad, max(finals) + 2.5 * pad)
-        else:
-            ax.set(yticks=[], ylim=(0, 1))
-            ax.text(0.5, 0.5, "every run diverged" if ended else "no run has finished", transform=ax.transAxes)
-        for s in insights["settings"]:
-            alive = [r for r in s["rates"] if r["val_loss"] is not None]
-            ax.plot([where(s["label"], r["lr"]) for r in alive], [r["val_loss"] for r in alive], color=GREY, zorder=2,
-                    linewidth=1.2, linestyle=styles[s["label"]][0], marker="_", markersize=16, label=s["label"] or None)
-        for seed in {r["seed"] for r in ended} if len(colours) == 1 else ():
-            pairs = [r for r in ended if r["seed"] == seed]   # a seed's luck shows as lines that run side by side
-            ax.plot([where(r["setting"], r["lr"]) for r in pairs], [r["loss"] for r in pairs], color="#cccccc")
-        for r in (r for r in ended if r["lr"] in rates):
-            place, style = where(r["setting"], r["lr"]), dict(color=colours[r["lr"]], zorder=4, clip_on=False)
-            rim = STATUS_COLOURS["unstable"] if r["status"] == "unstable" else "white"
-            if np.isfinite(r["loss"]):
-                ax.plot(place, r["loss"], styles[r["setting"]][1], markeredgecolor=rim, markeredgewidth=1.2, **style)
-            else:
-                ax.plot(place, ax.get_ylim()[1], "x", markersize=9, markeredgewidth=2.4, **style)
-        above = dict(transform=ax.get_xaxis_transform(), ha="center", va="bottom")   # two rows: labels meet no curve
-        if o and len(colours) > 1:
-            ax.axvspan(o["low"], o["high"], color=BLUE, alpha=0.13, linewidth=0, zorder=0)
-            ax.axvline(o["lr"], color=BLUE, linewidth=1.4, zorder=1)
-            ax.plot(*zip(*o["curve"] or [(o["lr"], np.nan)]), color=BLUE, linestyle=(0, (2, 2)), linewidth=1.2)
-            kind = "95% interval" if o["fitted"] and len({r["seed"] for r in runs}) > 1 else "somewhere from"
-            ax.text(np.sqrt(o["low"] * o["high"]), 1.065, color=BLUE, **above,
-                    s=f"optimum {rate(o['lr'])}, {kind} {rate(o['low'])} to {rate(o['high'])}")
-        if edge and edge["lr"] < right:
-            ax.axvspan(edge["lr"], right, color=ORANGE, alpha=0.10, linewidth=0, zorder=0)
-            ax.axvline(edge["lr"], color=ORANGE, linewidth=1.4, zorder=1)
-            ax.text(edge["lr"], 1.02, f"edge: {edge['status']} from {rate(edge['lr'])}", color=ORANGE, **above)
-        ax.set_ylabel("final validation loss (nats a token)")
-    if len(styles) > 1 and len(colours) > 1:
-        axes[0].legend(frameon=False, title="setting")
-    axes[0].annotate("point: a run; dash: mean, the luck of its seeds taken out; orange rim: unstable; x: diverged",
-                     (0, 0), (0, -0.13), xycoords="axes fraction", textcoords="axes fraction", fontsize=8)
-    return save(fig, dir / "lr_vs_final_loss.png")
+def draw_details(runs, look, insights):
+    """Six panels against the rate."""
+    fig, axes = figure(16, 8.4, 2, 3)
+    columns = ("val_loss", "val_accuracy", "val_perplexity", "max_grad_norm", "accuracy_per_minute", "status")
+    for ax, column in zip(axes, columns):
+        draw_panel(ax, look, insights, column)
+    axes[5].set_yticks(range(len(STATUSES)), STATUSES)
+    legend(fig, runs, look)
+    return fig
 
 
-def draw_details(dir, runs, insights, colours, styles, look, by_setting):
-    """Six panels: loss, accuracy, perplexity, gradient norm, accuracy a minute, status."""
-    fig, axes = figure(15, 8.4, 2, 3)
-    for ax, key, name, scale in (
-            (axes[0, 0], "val_loss", "final validation loss (nats a token)", 1),
-            (axes[0, 1], "val_accuracy", "next-token accuracy (%)", 100),
-            (axes[0, 2], "val_perplexity", "perplexity", 1),
-            (axes[1, 1], "accuracy_per_minute", "accuracy a minute (points)", 100)):
-        where = rate_axis(ax, list(colours), list(styles))
-        for s in insights["settings"]:
-            good, (style, marker) = [r for r in s["rates"] if r[key] is not None], styles[s["label"]]
-            x, y = [where(s["label"], r["lr"]) for r in good], [scale * r[key] for r in good]
-            ax.plot(x, y, linestyle=style, color=GREY, linewidth=1)
-            ax.scatter(x, y, marker=marker, color=[colours[r["lr"]] for r in good], zorder=3)
-        ax.set_ylabel(name)
-        if key == "val_perplexity" and ax.get_ylim()[1] > 5 * max(ax.dataLim.y0, 1):
-            plain_log(ax)
-    for r in runs:
-        draw_curve(axes[1, 0], r["train"]["step"], smooth(r["train"]["grad_norm"]), r["status"] == "diverged",
-                   alpha=0.85, **look[r["name"]])
-    axes[1, 0].set(xlabel="step", ylabel="gradient norm before clipping")
-    plain_log(axes[1, 0])
-    ax, names = axes[1, 2], [*STATUSES, *{"stopped"}.intersection(r["status"] for r in runs)]
-    where = rate_axis(ax, list(colours), list(styles))
-    for r in (r for r in runs if r["status"] in names):   # the seeds of a rate stand a little above each other
-        ax.plot(where(r["setting"], r["lr"]), names.index(r["status"]) + 0.08 * (r["seed"] % 5), styles[r["setting"]][1],
-                markersize=8, alpha=0.8, color=STATUS_COLOURS[r["status"]])
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(-0.6, len(names) - 0.2)
-    legend(fig, runs, colours, styles, by_setting)
-    return save(fig, dir / "detailed_comparison.png")
-
-
-def draw_table(dir, insights, colours):
-    """summary_table.png: a line a rate, its colour in front, the best of each setting bold."""
-    columns = (("val loss", "val_loss", ".4f"), ("± seeds", "deviation", ".4f"), ("accuracy", "val_accuracy", ".1%"),
-               ("perplexity", "val_perplexity", ".1f"), ("bits a byte", "val_bpb", ".4f"),
-               ("largest grad norm", "max_grad_norm", ".2g"))
-    lines = [(s, r) for s in insights["settings"] for r in s["rates"]]
-    named = len(insights["settings"]) > 1
-    rows = [[s["label"]] * named + [rate(r["lr"]), len(r["seeds"]), r["status"]]
-            + ["" if r[key] is None else format(r[key], form) for _, key, form in columns] for s, r in lines]
-    fig, ((ax,),) = figure(11 + 3 * named, 0.6 + 0.3 * (len(rows) + 1))
+def draw_table(insights):
+    """The numbers of each rate."""
+    names = ("val_loss", "deviation", "val_accuracy", "val_perplexity", "val_bpb", "max_grad_norm")
+    cells = [("setting", "rate", "seeds", "status", *names)]
+    for setting in insights["settings"]:
+        for row in setting["rates"]:
+            numbers = ["" if row[name] is None else f"{row[name]:.4g}" for name in names]
+            cells.append((setting["label"], rate(row["lr"]), len(row["seeds"]), row["status"], *numbers))
+    fig, [ax] = figure(13, 0.3 + 0.3 * len(cells))
     ax.axis("off")
-    if rows:
-        head = ["setting"] * named + ["rate", "seeds", "status"] + [name for name, _, _ in columns]
-        table = ax.table(rows, colLabels=head, cellLoc="right", bbox=(0.02, 0, 0.98, 1))
-        table.auto_set_font_size(False)
-        table.set_fontsize(9)
-        for (i, _), cell in table.get_celld().items():
-            cell.set(linewidth=0.4, edgecolor="#cccccc", facecolor="#eeeeee" if i == 0 else "white")
-            if i and lines[i - 1][1]["lr"] == lines[i - 1][0]["best_lr"]:
-                cell.set_text_props(weight="bold")
-        for i, (_, r) in enumerate(lines):
-            top = 1 - (i + 1) / (len(rows) + 1)
-            ax.axhspan(top - 0.9 / (len(rows) + 1), top - 0.1 / (len(rows) + 1), 0, 0.015, color=colours[r["lr"]])
-        ax.set(xlim=(0, 1), ylim=(0, 1))
-    return save(fig, dir / "summary_table.png")
+    table = ax.table(cells, bbox=(0, 0, 1, 1))
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
+    return fig
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Command line
 
 def main(argv):
-    usage = "python plot.py DIR   (the folder of a run or of a sweep, such as runs/tiny)"
-    if argv in (["-h"], ["--help"]):
-        print(__doc__.strip())
-        return 0
-    dir = Path(argv[0]) if len(argv) == 1 else None
-    runs = read_runs(dir) if dir and dir.is_dir() else []
-    if dir and read_run(dir):
-        paths = draw_run(dir)
-    elif runs:
-        import sweep   # here, because sweep imports this file
-        for run in runs:
-            draw_run(run["dir"])
-        sweep.report(dir)
-        paths = sorted(p for p in dir.iterdir() if p.suffix in (".png", ".csv", ".md", ".json"))
-    else:
-        print(f"plot.py: {dir} holds no run; {usage}" if dir else f"usage: {usage}", file=sys.stderr)
+    if len(argv) != 1:
+        print("plot.py: give one folder, of a run or a sweep: python plot.py runs/tiny", file=sys.stderr)
         return 2
-    print(*paths, sep="\n")
-    return 0
+    dir = Path(argv[0])
+    try:
+        paths = draw_run(dir)
+        if paths:
+            print(*paths, sep="\n")
+            return 0
+        if (dir / "sweep.json").exists() or read_runs(dir):
+            print(f"a sweep's folder: python sweep.py --report {dir} analyses and draws it", flush=True)
+            command = [sys.executable, str(Path(__file__).with_name("sweep.py")), "--report", str(dir)]
+            return subprocess.run(command).returncode
+        problem = "no config.json and metrics.csv of a run that can be read, and no runs"
+    except OSError as error:
+        problem = error
+    print(f"plot.py: nothing drawn in {dir}: {problem}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
