@@ -1,585 +1,726 @@
 """
 Train one model at one learning rate, and write down everything that happened.
 
-    python train.py --lr 3e-4 --device mps                  # the tiny preset on the Python standard library's source
-    python train.py --preset dense-low --lr 3e-3            # any flag overrides what the preset says
-    torchrun --nproc_per_node 2 train.py --preset dense     # several devices: each takes a slice of every batch
+    python train.py --lr 3e-4 --device mps                  # the tiny preset on the Python standard library's
+    source python train.py --preset dense-low --lr 3e-3            # any flag overrides what the preset says
+    torchrun --nproc_per_node 2 train.py --preset dense     # several devices: each takes a slice of every
+    batch
 
-The loop is at the bottom, written out in order: evaluate, save, take a batch, step, log. A step is always an optimizer
-step: --batch-size counts all sequences of one, and --grad-accum only says in how many pieces they are computed.
+The loop is at the bottom, written out in order: evaluate, save, stop, take a batch, step, log. A step is
+always an optimizer step: --batch-size counts all sequences of one, on all devices together, and --grad-accum
+only says in how many pieces they are computed.
 
-A run is a folder (--out) with config.json (all it takes to repeat it), metrics.csv (a row a log step, a row an
-evaluation), summary.json, training.log, two pictures and checkpoints/{last,best}.pt. Batches are a function of
-(seed, step), so a resumed run needs no generator state and ends with the same numbers as one left alone.
+A run is a folder (--out) with config.json (all it takes to repeat it), metrics.csv (a row a log step, a row
+an evaluation), summary.json, training.log, pictures and checkpoints/{last,best}.pt. Batches and dropout are
+functions of (seed, step), so a resumed run needs no generator state and ends with the same numbers as one
+left alone.
 """
+
+import os
+import signal
+
+if __name__ == "__main__":  # before the imports, which take a second: Ctrl-C ends them without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import csv
 import ctypes
+import hashlib
+import importlib.util
+import io
 import json
 import math
-import os
 import platform
-import signal
 import subprocess
 import sys
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch._functorch.config
 import torch.distributed as dist
-from tqdm import tqdm
+from torch.utils._pytree import tree_map_only
 
 import data
 import plot
-from model import PRESETS, Transformer, count_parameters
-from optim import build_optimizer, set_lr
+from model import PRESETS, ModelConfig, Transformer, count_parameters
+from optim import build_optimizer
 from schedule import SCHEDULES, make_schedule, rule_of_thumb
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings
 
-BASE = dict(optimizer="adamw", lr=3e-3, adamw_lr_ratio=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, momentum=0.95,
-            grad_clip=1.0, balance_weight=0.01, schedule="cosine", warmup_ratio=0.1, min_lr_ratio=0.1, grad_accum=1)
 RECIPES = {
-    "tiny": dict(BASE, data="stdlib", batch_size=32, max_steps=200, eval_tokens=32_768),
-    "dense": dict(BASE, data="tinystories", batch_size=128, max_steps=10_000, eval_tokens=131_072),
-    "dense-low": dict(BASE, data="tinystories", batch_size=32, max_steps=5_000, eval_tokens=131_072),
-    "moe": dict(BASE, data="cosmopedia", optimizer="muon", lr=0.065, min_lr_ratio=0.05, batch_size=16, max_steps=100,
-                eval_tokens=32_768),
+    "tiny": dict(data="stdlib", batch_size=32, max_steps=200, eval_tokens=32_768),
+    "dense": dict(data="tinystories", batch_size=128, max_steps=10_000, eval_tokens=131_072),
+    "dense-low": dict(data="tinystories", batch_size=32, max_steps=5_000, eval_tokens=131_072),
+    "moe": dict(data="cosmopedia", optimizer="muon", lr=0.065, min_lr_ratio=0.05, batch_size=16,
+                max_steps=100, eval_tokens=32_768),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # sweep.py compares flags by their full names
-
-    def error(self, message):  # one line, without the long usage text
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
-
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number of `kind` in [low, high], or above low."""
-    def parse(text):
-        value = kind(text)
-        if not (math.isfinite(value) and (value > low if above else value >= low) and value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is not a number {'above' if above else 'of at least'} {low}"
-                                             + (f" and at most {high}" if high < math.inf else ""))
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def parse_args(argv=None):
-    p = Parser("train.py", description=__doc__.split("\n\n")[0].strip(), epilog="Defaults not shown come from the preset.")
-    count, positive, ratio = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
-    g = p.add_argument_group("what to train on what")
-    g.add_argument("--preset", choices=PRESETS, default="tiny")
-    g.add_argument("--data", help="stdlib, tinystories, cosmopedia, or the path of a text file or folder")
-    g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), cuda, cuda:1, mps or cpu")
-    g.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
-                   help="auto: bfloat16 where the hardware computes it natively")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                   help="torch.compile; default: on CUDA, and on a CPU for runs long enough to earn it back")
-    g = p.add_argument_group("optimizer")
-    g.add_argument("--optimizer", choices=["adamw", "muon"])
-    g.add_argument("--lr", type=positive, help="peak learning rate (Muon's, if that is the optimizer)")
-    g.add_argument("--adamw-lr-ratio", type=positive, help="with Muon: AdamW's rate as a share of Muon's")
-    g.add_argument("--weight-decay", type=number(float, 0))
-    g.add_argument("--beta1", type=number(float, 0, 0.9999999))
-    g.add_argument("--beta2", type=number(float, 0, 0.9999999))
-    g.add_argument("--momentum", type=number(float, 0, 0.9999999), help="Muon's")
-    g.add_argument("--grad-clip", type=number(float, 0), help="largest gradient norm; 0: no clipping")
-    g.add_argument("--balance-weight", type=number(float, 0), help="MoE: weight of the load-balancing loss")
-    g = p.add_argument_group("schedule")
-    g.add_argument("--schedule", choices=SCHEDULES)
-    g.add_argument("--warmup-ratio", type=ratio, help="share of the steps")
-    g.add_argument("--min-lr-ratio", type=ratio, help="share of the peak rate")
-    g = p.add_argument_group("budget")
-    g.add_argument("--batch-size", type=count, help="sequences an optimizer step, on all devices together")
-    g.add_argument("--grad-accum", type=count, help="pieces to compute a batch in: less memory, the same gradients (the balance "
-                   "loss of experts is taken a piece)")
-    g.add_argument("--context-length", type=count)
-    g.add_argument("--max-steps", type=count, help="optimizer steps")
-    g.add_argument("--seed", type=number(int, 0), default=0, help="of the initial weights and the order of batches")
-    g = p.add_argument_group("reporting")
-    g.add_argument("--eval-interval", type=count, help="steps; default a tenth of the run")
-    g.add_argument("--eval-tokens", type=count)
-    g.add_argument("--log-interval", type=count, help="steps; default a hundredth of the run")
-    g.add_argument("--checkpoint-interval", type=count, help="steps; default a tenth of the run")
-    g.add_argument("--out", type=Path, help="the run's folder; default runs/single/PRESET-lrLR-sSEED")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out if there is one")
-    g.add_argument("--sample", type=number(int, 0), default=64, help="tokens of text to generate at the end")
-    g.add_argument("--no-plot", action="store_true", help="draw no pictures")
-    g.add_argument("--no-progress", action="store_true", help="plain lines in place of a bar")
-    g.add_argument("--dry-run", action="store_true", help="check the arguments, prepare the data, and stop")
-    g = p.add_argument_group("model (defaults from the preset)")
-    for name in ("d-model", "n-layers", "n-heads", "d-ff", "vocab-size", "top-k"):
-        g.add_argument(f"--{name}", type=count)
-    g.add_argument("--n-experts", type=number(int, 0))
-    g.add_argument("--dropout", type=number(float, 0, 0.999))
-    args = p.parse_args(argv)
-
-    recipe, config = RECIPES[args.preset], PRESETS[args.preset]
-    guess = args.lr is None and args.optimizer not in (None, recipe["optimizer"])
-    for name, value in (*recipe.items(), *asdict(config).items()):
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    args.eval_interval = args.eval_interval or max(1, args.max_steps // 10)
-    args.log_interval = args.log_interval or max(1, args.max_steps // 100)
-    args.checkpoint_interval = args.checkpoint_interval or max(1, args.max_steps // 10)
-    try:
-        make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
-        config = replace(config, **{name: getattr(args, name) for name in asdict(config)})
-    except ValueError as e:
-        p.error(e)
-    if guess:  # the preset's rate is for its own optimizer
-        with torch.device("meta"):
-            args.lr = rule_of_thumb(count_parameters(Transformer(config))["total"]) if args.optimizer == "muon" else BASE["lr"]
-    return args, config
-
+NOT_SETTINGS = ("out", "resume", "no_plot", "dry_run", "prepare", "sample")  # change no number
+CODE = ("model.py", "optim.py", "schedule.py", "data.py", "train.py")       # what a loss depends on
 
 def fail(message):
     """Bad input: one line, exit status 2."""
     print(f"train.py: {message}", file=sys.stderr)
     sys.exit(2)
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the long usage text
+        fail(f"{message}; see --help")
+
+def number(kind, low, high, above=False):
+    """An argparse type: a number of `kind` in [low, high], or above low."""
+    def parse(text):
+        value = kind(text)
+        if low < value <= high or (value == low and not above):
+            return value
+        bound = "above" if above else "of at least"
+        raise argparse.ArgumentTypeError(f"{text:.40} is not a number {bound} {low} and at most {high:g}")
+    parse.__name__ = kind.__name__
+    return parse
+
+COUNT = number(int, 1, 10**9)
+AUTO = number(int, 0, 10**9)
+SIZE = number(float, 0, 1e30)
+RATIO = number(float, 0, 1)
+BELOW_ONE = number(float, 0, 0.9999999)
+RATE = number(float, 0, 1e30, above=True)
+UNSET = argparse.SUPPRESS       # the default is found later
+FLAGS = {   # flag: type or choices, default (None: the preset's), help
+    "what to train on what": {
+        "data": (str, None, "stdlib, tinystories, cosmopedia, or the path of a text file or folder"),
+        "data-tokens": (AUTO, 0, "tokens of text to fetch; 0: as many as the run reads"),
+        "device": (str, "auto", "auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu"),
+        "dtype": (["auto", "bfloat16", "float32"], "auto", "auto: bfloat16 where the hardware has it"),
+    },
+    "optimizer": {
+        "optimizer": (["adamw", "muon", "sgd"], "adamw", "muon: for hidden matrices, adamw for the rest"),
+        "lr": (RATE, UNSET, "peak learning rate; default: the preset's, or a first guess"),
+        "adamw-lr-ratio": (RATE, 0.1, "with muon: adamw's rate as a share of it"),
+        "weight-decay": (SIZE, 0.1, "a step, times the rate"),
+        "beta1": (BELOW_ONE, 0.9, "of adamw's averaged gradient"),
+        "beta2": (BELOW_ONE, 0.95, "of adamw's averaged square"),
+        "momentum": (BELOW_ONE, 0.95, "of muon and sgd; sgd with 0 is gradient descent"),
+        "grad-clip": (SIZE, 1.0, "largest gradient norm; 0: no clipping"),
+        "balance-weight": (SIZE, 0.01, "with experts: weight of the load-balancing loss"),
+    },
+    "schedule": {
+        "schedule": (SCHEDULES, "cosine", "what follows the warm-up"),
+        "warmup-ratio": (RATIO, 0.1, "share of the steps"),
+        "min-lr-ratio": (RATIO, 0.1, "share of the peak rate"),
+    },
+    "budget": {
+        "batch-size": (COUNT, None, "sequences an optimizer step, on all devices together"),
+        "grad-accum": (COUNT, 1, "pieces to compute each device's share in: less memory, the same gradients"),
+        "full-batch": (bool, False, "the same batch at every step"),
+        "max-steps": (COUNT, None, "optimizer steps"),
+        "seed": (number(int, 0, 2**63 - 1), 0, "of weights, batches and dropout"),
+    },
+    "reporting": {
+        "eval-interval": (AUTO, 0, "steps; 0: a tenth of the run"),
+        "eval-tokens": (COUNT, None, "validation tokens, always the same"),
+        "log-interval": (AUTO, 0, "steps; 0: a hundredth of the run"),
+        "checkpoint-interval": (AUTO, 0, "steps; 0: a tenth of the run"),
+        "out": (str, UNSET, "the run's folder; default: runs/single/PRESET-lrLR-sSEED"),
+        "resume": (bool, False, "go on with the run in --out, if there is one"),
+        "sample": (AUTO, 64, "tokens of text to generate in the end"),
+        "no-plot": (bool, False, "draw no pictures"),
+        "dry-run": (bool, False, "check the flags, print how many tokens the run would read, and stop"),
+        "prepare": (bool, False, "check the flags, prepare the data, and stop"),
+    },
+}
+
+def parse_args(argv=None):
+    """Command line -> (args, ModelConfig). Defaults are the preset's, which is therefore read first."""
+    preset = Parser("train.py", add_help=False, allow_abbrev=False)
+    preset.add_argument("--preset", default="tiny", choices=PRESETS, help="of model, data and budget")
+    name = preset.parse_known_args(argv)[0].preset
+    p = Parser("train.py", description=__doc__.split("\n\n")[0].strip(), allow_abbrev=False, parents=[preset],
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for title, flags in FLAGS.items():
+        group = p.add_argument_group(title)
+        for flag, (kind, default, text) in flags.items():
+            if kind is bool:
+                how = dict(action="store_true")
+            elif isinstance(kind, list):
+                how = dict(choices=kind)
+            else:
+                how = dict(type=kind)
+            group.add_argument(f"--{flag}", default=default, help=text, **how)
+    group = p.add_argument_group("model")
+    for key in ("context-length", "vocab-size", "n-layers", "n-heads", "d-model", "d-ff", "top-k"):
+        group.add_argument(f"--{key}", type=COUNT, help=" ")
+    group.add_argument("--n-experts", type=AUTO, help="0: dense")
+    group.add_argument("--dropout", type=BELOW_ONE, help="share of activations")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=UNSET,
+                   help="torch.compile; default: on CUDA, and on a CPU for runs long enough to earn it back")
+    p.set_defaults(**asdict(PRESETS[name]), **RECIPES[name])
+    args = p.parse_args(argv)
+
+    args.compile = getattr(args, "compile", None)
+    args.out = getattr(args, "out", None)
+    args.eval_interval = args.eval_interval or max(1, args.max_steps // 10)
+    args.log_interval = args.log_interval or max(1, args.max_steps // 100)
+    args.checkpoint_interval = args.checkpoint_interval or max(1, args.max_steps // 10)
+    try:
+        make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
+        config = ModelConfig(**{key: getattr(args, key) for key in asdict(PRESETS[name])})
+    except ValueError as e:
+        fail(e)
+    if "lr" not in args:
+        guesses = {"adamw": 3e-3, "sgd": 0.1, "muon": rule_of_thumb(count_parameters(config)["total"])}
+        args.lr = guesses[args.optimizer]
+    return args, config
+
+# --------------------------------------------------------------------------------------------------
+# The hardware
+
+def torchrun_place():
+    """(rank, world, local_rank) from the environment that torchrun sets; (0, 1, 0) without it."""
+    texts = {name: os.environ.get(name, default) for name, default in
+             (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}
+    if all(text.isdecimal() for text in texts.values()):
+        rank, world, local_rank = (int(text) for text in texts.values())
+        if rank < world and local_rank < world and (world == 1 or "MASTER_ADDR" in os.environ):
+            return rank, world, local_rank
+    fail(f"{texts} make no sense together, or without MASTER_ADDR; unset them, or start with torchrun")
 
 def pick_device(name, local_rank=0):
     """A torch.device that is really there; `auto` takes cuda, then mps, then cpu."""
-    mps = torch.backends.mps.is_available()
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = next(kind for kind, n in counts.items() if n)
     try:
         device = torch.device(name)
     except RuntimeError:
         fail(f"unknown device {name!r}; use auto, cuda, mps or cpu")
-    there = {"cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(), "mps": mps, "cpu": True}
-    if not there.get(device.type, False):
-        fail(f"{name} is not available here; use --device cpu")
-    return torch.device("cuda", local_rank) if name == "cuda" else device
-
+    if name == "cuda":
+        device = torch.device("cuda", local_rank)
+    if (device.index or 0) >= counts.get(device.type, 0):
+        fail(f"{device} is not available here; use --device cpu")
+    return device
 
 def pick_dtype(name, device):
-    """bfloat16 where the hardware multiplies it natively, else float32. float16 on a CPU is over 100 times slower."""
+    """bfloat16 where the hardware has it, else float32 (float16 is 100 times slower on a CPU)."""
     if name != "auto":
         return getattr(torch, name)
-    native = {"cuda": lambda: torch.cuda.get_device_capability(device) >= (8, 0),
-              "cpu": lambda: any(getattr(torch.cpu, f, bool)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))}
-    return torch.bfloat16 if native.get(device.type, bool)() else torch.float32
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, check, bool)() for check in checks)
+    return torch.bfloat16 if native else torch.float32
 
-
-def pick_compile(wanted, device, config, n_params, tokens):
-    """The torch.compile backend, or None. On 2 CPU cores it costs 40 s and saves a sixth: worth it from about 5 minutes."""
-    if wanted is False or device.type == "mps" and not wanted:
+def pick_compile(wanted, device, config, tokens):
+    """The torch.compile backend, or None. On 2 CPU cores it costs 40 s: worth it from about 5 minutes."""
+    if wanted is False:
         return None
-    long_run = 6 * n_params * tokens > 1.5e14 and not config.n_experts  # 5 minutes at 500 GFLOP/s
-    return {"cuda": "inductor", "mps": "aot_eager"}.get(device.type, "inductor" if wanted or long_run else None)
+    if device.type == "mps":
+        return "aot_eager" if wanted else None
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0):
+            return "inductor"
+        print("no Triton for this GPU: training without torch.compile, which is slower", file=sys.stderr)
+        return None
+    flops = 6 * count_parameters(config)["total"] * tokens
+    long_run = flops > 1.5e14 and not config.n_experts      # 5 minutes at 500 GFLOP/s
+    return "inductor" if wanted or long_run else None
 
-
-def pick_graph(device, dtype, config, backend):
-    """
-    Whether a step can be recorded as a CUDA graph, which holds no wait for the host and draws no new random numbers: experts need
-    the fused grouped_mm, which Hopper and Blackwell have for bfloat16, and dropout rules it out.
-    """
+def can_record(device, dtype, config, backend):
+    """A CUDA graph holds no wait for the host (so experts need grouped_mm) and no new random numbers."""
     if device.type != "cuda" or not backend or config.dropout:
         return False
-    return not config.n_experts or dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    hopper_or_blackwell = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return not config.n_experts or (dtype == torch.bfloat16 and hopper_or_blackwell)
 
+def check_memory(args, config, device, world):
+    """Refuse what cannot fit, before it is allocated. A lower bound: what passes may still be too much."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    weights = 16 * count_parameters(config)["total"]        # float32: weight, gradient, two averages
+    tokens = args.batch_size * config.context_length
+    kept = 2 * config.n_layers * (6 * config.d_model + 2 * config.d_ff) * tokens / (args.grad_accum * world)
+    needed = weights + kept + 16 * tokens
+    if needed > there:
+        fail(f"this needs over {needed / 2**30:,.0f} GiB of memory, {device} has {there / 2**30:,.0f}; lower "
+             "--batch-size, --context-length, --d-model, --d-ff, --n-layers, --n-experts or --vocab-size")
 
 def keep_freed_memory():
     """
-    Tell glibc to keep large freed blocks. By default it returns them to the system, and every activation of every step is
-    then mapped and zeroed anew: on 2 cores that costs 5% of a dense step and 40% of a moe step. Other systems: no effect.
+    Tell glibc to keep large freed blocks. By default it returns them to the system, and every activation of
+    every step is then mapped and zeroed anew: 5% of a dense step and 40% of a moe step on 2 cores.
     """
-    try:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, -1)  # -1: never (a large MoE frees over 2 GB)
-    except OSError:
-        pass
+        libc.mallopt(-4, 0)     # M_MMAP_MAX
+        libc.mallopt(-1, -1)    # M_TRIM_THRESHOLD: never
 
-
-def describe(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
-        if os.path.exists("/proc/cpuinfo") else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One step, and one evaluation
-
-def compiled(model, optimizers, backend, device):
-    """
-    torch.compile of model.losses, and with inductor of the optimizers, whose groups differ in shapes but never change them; for
-    a GPU the model first gets the attention of attention.py.
-    """
-    # Otherwise graphs with model.py's autograd functions are never cached, and each start takes 2 s longer (H100).
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-    if backend == "inductor":
-        for optimizer in optimizers:
-            optimizer.update = torch.compile(optimizer.update, dynamic=False)
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-            from attention import rotary_attention  # not above: it needs Triton, as does inductor on a GPU
-            for block in model.blocks:
-                block.attention.core = rotary_attention
-    return torch.compile(model.losses, backend=backend)
-
 
 def make_step(losses, optimizers, model, args):
     """
-    step(x, y) -> (1 + router figures,) float32: the cross-entropy, the gradient's norm before clipping, the router's
-    figures; x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for a GPU.
+    step(x, y) -> (2 + router records,) float32: the cross-entropy, the gradient's norm before clipping, the
+    routers' records; x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for a GPU.
     """
-    params, world = list(model.parameters()), dist.get_world_size() if dist.is_initialized() else 1
+    params = list(model.parameters())
+    world = dist.get_world_size() if dist.is_initialized() else 1
 
     def step(x, y):
-        figures, share = 0, 1 / (len(x) * world)
+        record = 0.0
+        share = 1 / (len(x) * world)
         for xi, yi in zip(x, y):
             ce, router = losses(xi, yi)
-            loss = ce if router is None else ce + args.balance_weight * router[:, 0].sum()
+            loss, parts = ce, [ce[None]]
+            if router is not None:
+                loss = ce + args.balance_weight * router[:, 0].sum()
+                parts.append(router.flatten())
             (loss * share).backward()
-            row = ce[None] if router is None else torch.cat((ce[None], router.flatten()))
-            figures = figures + row.detach() * share
+            record = record + torch.cat(parts).detach() * share
         grads = [p.grad for p in params]
         if world > 1:
-            add_up(grads + [figures])
+            all_reduce([*grads, record])
+
+        # Clipping is a factor in the update: no pass of its own. What is not finite is a factor of 0: no
+        # step.
         norm = torch.nn.utils.get_total_norm(grads)
-        scale = args.grad_clip / norm.clamp(min=args.grad_clip) if args.grad_clip else 1.0
+        scale = torch.ones_like(norm)
+        if args.grad_clip:
+            scale = args.grad_clip / norm.clamp(min=args.grad_clip)
+        finite = norm.isfinite() & record[0].isfinite()
         for optimizer in optimizers:
-            optimizer.step(scale=scale)  # clipping: compiled, it is one with the update and costs no pass of its own
-            optimizer.zero_grad(set_to_none=True)
-        return torch.cat((figures[:1], norm[None], figures[1:]))
+            optimizer.step(torch.where(finite, scale, 0.0))
+            optimizer.zero_grad()
+        return torch.cat((record[:1], norm[None], record[1:]))
     return step
 
-
-def add_up(tensors):
+def all_reduce(tensors):
     """
-    Each tensor becomes its sum over all processes: one message for all of them. Gradients travel in float32: in bfloat16 the
-    final loss of the tiny preset moved by up to 0.06 nats, while merely summing in another order moves it by 0.01 (5 seeds).
+    Each tensor becomes its sum over all processes, in one message, in float32: in bfloat16 the final loss of
+    the tiny preset moved by up to 0.06 nats, while summing in another order moves it by 0.01 (5 seeds).
     """
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
-    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)])
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(total.view_as(t))
 
-
-def graphed(step, warmup=3):
+def graphed(step):
     """
-    The same step as one CUDA graph, for the hundreds of small kernels of a small model to follow each other without gaps.
-    The first calls run as they are (they compile, and allocate the optimizers' state), the next is recorded, then replayed.
+    The same step as one CUDA graph: the hundreds of small kernels of a small model follow each other without
+    gaps. Three calls run as they are (they compile), the fourth is recorded, then replayed with new x and y.
     """
-    stream, calls, static, graph = torch.cuda.Stream(), 0, {}, torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_stream(torch.cuda.Stream())      # the default stream cannot be recorded
+    calls, static_x, static_y, static_out = 0, None, None, None
 
     def call(x, y):
-        nonlocal calls
+        nonlocal calls, static_x, static_y, static_out
         calls += 1
-        if calls <= warmup:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                out = step(x, y)
-            torch.cuda.current_stream().wait_stream(stream)
-            return out
-        if calls == warmup + 1:
-            torch.cuda.synchronize()
+        if calls <= 3:
+            return step(x, y)
+        if calls == 4:
+            static_x, static_y = x.clone(), y.clone()
             torch.cuda.empty_cache()
-            static["x"], static["y"] = x.clone(), y.clone()
-            with torch.cuda.graph(graph):
-                static["out"] = step(static["x"], static["y"])
-        static["x"].copy_(x)
-        static["y"].copy_(y)
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                static_out = step(static_x, static_y)
+        static_x.copy_(x)
+        static_y.copy_(y)
         graph.replay()
-        return static["out"].clone()  # the next replay writes over it
+        return static_out.clone()                   # the next replay writes over it
     return call
-
 
 @torch.no_grad()
 def evaluate(model, x, y, batch_size, device):
-    """x, y (windows, T), the same every time -> mean cross-entropy in nats a token, and the share of tokens ranked first."""
+    """x, y (windows, T), always the same -> cross-entropy in nats a token, share of tokens ranked first."""
     model.eval()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = torch.zeros(2, device=device)
-    for xb, yb in zip(x[rank::world].split(batch_size), y[rank::world].split(batch_size)):
-        if not len(xb):  # more devices than windows
-            continue
-        yb = yb.to(device)
-        logits, loss = model(xb.to(device), yb)
-        total += torch.stack((loss * yb.numel(), (logits.argmax(-1) == yb).sum())) / y.numel()
-    if world > 1:
-        dist.all_reduce(total)
+    for xb, yb in zip(x.split(batch_size), y.split(batch_size)):
+        xb, yb = xb.to(device), yb.to(device)
+        logits, loss = model(xb, yb)
+        right = (logits.argmax(-1) == yb).sum()
+        total += torch.stack((loss * yb.numel(), right))
     model.train()
-    return total.tolist()
+    return (total / y.numel()).tolist()
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The folder of a run
 
+def write_aside(path, content):
+    """Under another name first: a reader, or a machine that stops here, never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
+    finally:
+        aside.unlink(missing_ok=True)
+
 def write_json(path, value):
-    """Atomically; JSON has no nan, so what is not finite becomes null."""
-    value = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-    path.with_suffix(".tmp").write_text(json.dumps(value, indent=2, default=str) + "\n")
-    path.with_suffix(".tmp").replace(path)
+    """JSON has no nan: what is not finite becomes null."""
+    for key, item in value.items():
+        if isinstance(item, float) and not math.isfinite(item):
+            value[key] = None
+    write_aside(path, (json.dumps(value, indent=2) + "\n").encode())
 
+def write_checkpoint(path, value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_aside(path, buffer.getvalue())
 
-def save(path, value):
-    path.parent.mkdir(exist_ok=True)
-    torch.save(value, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-
-
-def git_commit():
+def read_checkpoint(path, device):
+    """The checkpoint, or None where none can be used. It is a zip with a checksum for each tensor."""
+    if not path.exists():
+        return None
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True,
-                              text=True, check=True, cwd=Path(__file__).parent).stdout.strip()  # "-dirty": with local changes
-    except (OSError, subprocess.CalledProcessError):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("wrong checksum")
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:      # torch, pickle and zipfile raise a dozen kinds for a damaged file
+        print(f"{path} is damaged ({type(e).__name__}): starting from step 0", file=sys.stderr)
         return None
 
-
-def open_metrics(path, columns, upto):
-    """metrics.csv open for appending, cut back to the rows up to step `upto`: a resumed run writes the rest again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [r for r in csv.DictReader(line for line in lines if line.endswith("\n")) if int(r["step"]) <= upto]
-    with path.with_suffix(".tmp").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    path.with_suffix(".tmp").replace(path)
-    file = path.open("a", newline="", buffering=1)  # each row reaches the disk as it is written
-    return file, csv.DictWriter(file, columns)
-
-
-def peak_memory_mb(device):
+def provenance(device):
+    """What made the numbers: versions, the files that a loss depends on, the commit ("-dirty": changed)."""
+    folder = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
+    except OSError:     # no git here
+        commit = None
+    name = f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        name = torch.cuda.get_device_name(device)
+    return dict(
+        versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        code={file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in CODE},
+        git_commit=commit, device=str(device), device_name=name)
 
-# ----------------------------------------------------------------------------------------------------------------------
+def choose_folder(args):
+    """--out, or a default name, which never overwrites: runs/single/tiny-lr0.003-s0+2."""
+    if args.out:
+        if not args.resume and (Path(args.out) / "summary.json").exists():
+            fail(f"{args.out} already holds a run; add --resume to continue it, or choose another --out")
+        return Path(args.out)
+    name = f"{args.preset}-lr{args.lr:g}-s{args.seed}"
+    out, n = Path("runs/single") / name, 1
+    while not args.resume and (out / "summary.json").exists():
+        n += 1
+        out = out.with_name(f"{name}+{n}")
+    return out
+
+def check_same(out, before, now, kind):
+    """A run goes on with the settings and the data that it began with, or not at all."""
+    for key, value in now.items():
+        if before and before.get(key) != value:
+            name = kind + key.replace("_", "-")
+            fail(f"{out} was started with another {name} ({before.get(key)!s:.80}, now {value!s:.80}); "
+                 "repeat what it was started with, or choose another --out")
+
+def summarize(status, args, state, step, seconds, n_tokens, n_params):
+    """What summary.json holds of a run that has ended, or was interrupted."""
+    summary = dict(status=status, steps=step, max_steps=args.max_steps, tokens=n_tokens, seconds=seconds,
+                   tokens_per_sec=n_tokens / seconds, lr=args.lr, seed=args.seed, n_params=n_params,
+                   peak_memory_mb=None, diverged_at=None, max_grad_norm=state["max_grad_norm"].item())
+    if torch.cuda.is_available():
+        summary["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    if status == "diverged":
+        summary["diverged_at"] = step
+    if state["history"]:
+        summary["final_train_loss"] = state["history"][-1]
+    summary.update({key: value for key, value in state.items() if key.startswith("best_")})
+    if status != "interrupted":
+        summary.update({f"final_{key}": value for key, value in state["val"].items()})
+    return summary
+
+# --------------------------------------------------------------------------------------------------
 # The run
 
-def main(argv=None):
-    args, config = parse_args(argv)
-    keep_freed_memory()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+def run(args, config):
+    rank, world, local_rank = torchrun_place()
+    master = rank == 0
+    device = pick_device(args.device, local_rank)
     dtype = pick_dtype(args.dtype, device)
+    check_memory(args, config, device, world)
     if args.batch_size % (args.grad_accum * world):
-        fail(f"batch size {args.batch_size} is not a multiple of grad-accum {args.grad_accum} x {world} devices")
+        fail(f"--batch-size {args.batch_size} is no multiple of {world} x --grad-accum {args.grad_accum}")
+    tokens_per_step = args.batch_size * config.context_length
+    n_tokens = args.data_tokens or tokens_per_step * args.max_steps
+    if args.dry_run:
+        print(n_tokens)
+        return 0
 
-    # The folder ------------------------------------------------------------------------------------------------------
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "no_plot", "no_progress", "dry_run", "sample")}
-    saved = None
-    out = args.out or Path("runs/single") / f"{args.preset}-lr{args.lr:g}-s{args.seed}"
-    if not args.dry_run:
-        while rank == 0 and not args.resume and (out / "summary.json").exists():
-            if args.out:
-                fail(f"{out} already holds a run; add --resume to continue it, or choose another --out")
-            stem, _, n = out.name.partition("+")  # a default name never overwrites: +2, +3, ...
-            out = out.with_name(f"{stem}+{int(n or 1) + 1}")
-        checkpoint, summary_path = out / "checkpoints/last.pt", out / "summary.json"
-        there = next(path for path in (out, *out.parents) if os.path.exists(path))  # nothing is made before the data is ready
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            fail(f"cannot write to {there}; choose another --out")
-        if args.resume and checkpoint.exists():  # with the flags that it was started with, or not at all
-            saved = torch.load(checkpoint, map_location=device, weights_only=True)
-            for flag, value in settings.items():
-                if (before := saved["settings"].get(flag)) != value:
-                    fail(f"{out} was started with another --{flag.replace('_', '-')} ({before}); repeat its flags, or choose "
-                         "another --out")
-        if args.resume and summary_path.exists():
-            if json.loads(summary_path.read_text())["status"] not in ("running", "interrupted"):
-                print(f"{out} is already finished")
-                return 0
+    # What is in the folder already -------------------------------------------------------------
+    out = choose_folder(args)
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    started, saved = {}, None
+    if args.resume:
+        started = plot.read_json(out / "config.json") or {}
+        saved = read_checkpoint(out / "checkpoints/last.pt", device)
+        check_same(out, started.get("args") or (saved or {}).get("settings"), settings, "--")
+        status = (plot.read_json(out / "summary.json") or {}).get("status")
+        if status in plot.STATUSES and started and (out / "metrics.csv").exists():
+            print(f"{out} is already finished")
+            return 0
 
-    # Data, model, optimizers, schedule -------------------------------------------------------------------------------
+    # Data, the first process preparing it and the others finding it ready ----------------------
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
-        if rank > 0:
-            dist.barrier()  # the first process prepares the data, the others find it ready
-    n_tokens = args.batch_size * args.context_length * args.max_steps
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if not master:
+            dist.barrier()
     try:
-        corpus = data.load(args.data, args.vocab_size, n_tokens)
+        corpus = data.load(args.data, config.vocab_size, n_tokens)
         val_x, val_y = data.val_windows(corpus.val, config.context_length, args.eval_tokens)
+        data.get_batch(corpus.train, 1, config.context_length, args.seed, 0)    # is the text long enough?
     except data.DataError as e:
         fail(e)
-    if len(corpus.train) <= config.context_length:
-        fail(f"the training text has only {len(corpus.train)} tokens; lower --context-length {config.context_length}")
-    if world > 1 and rank == 0:
+    if world > 1 and master:
         dist.barrier()
-    config = replace(config, vocab_size=corpus.tokenizer.vocab_size)
-    if args.dry_run:
+    if args.prepare:
         return 0
+    hashes = {key: corpus.meta[key] for key in ("train_sha256", "val_sha256")}
+    if saved:
+        check_same(out, saved["data"], hashes, "text, by its ")
+    bytes_per_token = float(corpus.token_bytes[val_y.numpy()].mean())
+    config = replace(config, vocab_size=corpus.tokenizer.vocab_size)
 
-    torch.manual_seed(args.seed)  # weights are drawn on the CPU: the same on every device
-    model = Transformer(config, dtype).to(device)
-    counts = count_parameters(model)
-    optimizers = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, (args.beta1, args.beta2), args.momentum,
-                                 args.adamw_lr_ratio)
-    schedule = make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
-    losses, backend = model.losses, pick_compile(args.compile, device, config, counts["total"], n_tokens)
-    if backend:
-        losses = compiled(model, optimizers, backend, device)
+    # Model, optimizers, schedule, step ---------------------------------------------------------
+    keep_freed_memory()
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # where streams, graphs and Triton's kernels go
-        torch.set_float32_matmul_precision("high")  # TF32
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")      # TF32
+    torch.manual_seed(args.seed)                        # weights are drawn on the CPU: alike on every device
+    model = Transformer(config, dtype).to(device)
+    optimizers = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, (args.beta1, args.beta2),
+                                 args.momentum, args.adamw_lr_ratio)
+    schedule = make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
+    backend = pick_compile(args.compile, device, config, n_tokens)
+    losses = torch.compile(model.losses, backend=backend) if backend else model.losses
+    if backend == "inductor":
+        for optimizer in optimizers:
+            optimizer.compile()
     train_step = make_step(losses, optimizers, model, args)
-    if pick_graph(device, dtype, config, backend):
+    if can_record(device, dtype, config, backend):
         train_step = graphed(train_step)
 
-    # State: fresh, or the checkpoint's -------------------------------------------------------------------------------
-    state = dict(step=0, elapsed=0.0, history=[], running=None, best_val_loss=math.inf,
+    # State: fresh, or the checkpoint's ---------------------------------------------------------
+    state = dict(step=0, elapsed=0.0, history=[], running=None, best_val_loss=math.inf, val=None,
                  max_grad_norm=torch.zeros((), device=device))
     if saved:
         model.load_state_dict(saved["model"])
-        for optimizer, s in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(s)
+        for optimizer, optimizer_state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(optimizer_state)
         if args.schedule == "plateau":
             schedule.state = saved["schedule"]
         state = saved["state"]
     start = state["step"]
 
-    # What is written down --------------------------------------------------------------------------------------------
-    names = [name for i in range(config.n_layers if config.n_experts else 0) for name in (
-        f"balance_loss_L{i}", f"router_entropy_L{i}", *(f"share_L{i}_E{j}" for j in range(config.n_experts)))]
-    master = rank == 0
+    # What is written down ----------------------------------------------------------------------
+    columns = ["step", "tokens", "elapsed", "lr", "train_loss", "grad_norm", "tokens_per_sec",
+               "val_loss", "val_accuracy", "val_perplexity", "val_bpb"]
+    router_columns = []
+    for i in range(config.n_layers if config.n_experts else 0):
+        shares = [f"share_L{i}_E{j}" for j in range(config.n_experts)]
+        router_columns += [f"balance_loss_L{i}", f"router_entropy_L{i}", *shares]
+    columns += router_columns
+    counts = count_parameters(config)
+    metrics_path = out / "metrics.csv"
     if master:
-        out.mkdir(parents=True, exist_ok=True)
-        file, writer = open_metrics(out / "metrics.csv", ["step", "tokens", "elapsed", "lr", "train_loss", "grad_norm",
-                                    "tokens_per_sec", "val_loss", "val_accuracy", "val_perplexity", "val_bpb", *names], start)
-        log_file = (out / "training.log").open("a")
-        write_json(out / "config.json", dict(
-            args=vars(args), model=asdict(config), n_params=counts["total"], data=corpus.meta,
-            versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            git_commit=git_commit(), device=str(device), device_name=describe(device), dtype=str(dtype)[6:], devices=world,
-            compile=backend))
-        write_json(summary_path, dict(status="running", steps=start, max_steps=args.max_steps))
-    bar = tqdm(total=args.max_steps, initial=start, unit="step", dynamic_ncols=True,
-               disable=not master or args.no_progress or not sys.stderr.isatty())
-
-    def say(line, console=True):
+        try:
+            owner = data.lock(out)
+        except data.DataError as e:
+            fail(e)
+        write_aside(metrics_path, (saved["metrics"] if saved else ",".join(columns) + "\r\n").encode())
+        metrics_file = metrics_path.open("a", newline="", buffering=1)      # each row reaches the disk
+        writer = csv.DictWriter(metrics_file, columns)
+        log_file = (out / "training.log").open("a", encoding="utf-8", buffering=1)
+        if saved and started:
+            started["resumes"].append(dict(step=start, **provenance(device)))
+        else:
+            started = dict(
+                args=vars(args), model=asdict(config), n_params=counts["total"], data=corpus.meta,
+                dtype=str(dtype)[6:], devices=world, compile=backend, resumes=[], **provenance(device))
+        write_json(out / "config.json", started)
+        write_json(out / "summary.json", dict(status="running", steps=start, max_steps=args.max_steps))
+    def say(line):
         if master:
+            print(line, flush=True)
             log_file.write(line + "\n")
-            log_file.flush()
-            if console:
-                bar.write(line)
+
+    saver, pending = ThreadPoolExecutor(1), []              # writes while the next steps run
+
+    def save(name, value):
+        copy = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), value)
+        while pending:
+            pending.pop().result()                          # raises what went wrong with the last one
+        pending.append(saver.submit(write_checkpoint, out / "checkpoints" / name, copy))
 
     stop = []
-    for s in (signal.SIGINT, signal.SIGTERM):  # once: finish the step and save; twice: now
-        signal.signal(s, lambda *_: sys.exit(130) if stop else stop.append(True))
-    say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters ({counts['used per token']:,} used per token), "
-        f"vocabulary {config.vocab_size:,}; {args.max_steps} steps of {args.batch_size} x {config.context_length} tokens, "
-        f"{n_tokens / len(corpus.train):.2g} times the training text; "
-        f"{device}, {str(dtype)[6:]}{', compiled' if backend else ''}; {args.optimizer} at {args.lr:g} -> {out}"
-        + (f", from step {start}" if start else ""))
 
-    # The loop --------------------------------------------------------------------------------------------------------
-    step, tokens_a_step, diverged = start, args.batch_size * config.context_length, plot.has_diverged(state["history"])
-    began, mark, mark_step = time.perf_counter() - state["elapsed"], time.perf_counter(), start
+    def on_signal(number, frame):                           # once: finish the step and save; twice: now
+        if stop:
+            os._exit(128 + number)
+        stop.append(number)
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.signal(number, on_signal) for number in signals}
+
+    epochs = tokens_per_step * args.max_steps / len(corpus.train)
+    say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters, "
+        f"{counts['used per token']:,} a token, vocabulary {config.vocab_size:,}; {args.max_steps} steps of "
+        f"{args.batch_size} x {config.context_length} tokens, {epochs:.2g} times the text")
+    say(f"{args.optimizer} at {args.lr:g} on {device}, {dtype}, compiled by {backend} -> {out}, step {start}")
+
+    # The loop ----------------------------------------------------------------------------------
+    step = start
+    diverged = plot.has_diverged(state["history"])
+    began = time.perf_counter() - state["elapsed"]
+    timed_from, timed_step = time.perf_counter(), start     # tokens_per_sec is that of training alone
     while True:
         last = step == args.max_steps or diverged
-        paused, agreed = time.perf_counter(), False
-        if (step % args.eval_interval == 0 or last) and step > start:
+        paused = time.perf_counter()
+
+        # Evaluate: always the same windows, before the step that follows.
+        if step > start and (step % args.eval_interval == 0 or last):
             loss, accuracy = evaluate(model, val_x, val_y, min(args.batch_size, 32), device)
-            bpb = loss / math.log(2) * corpus.meta["val_tokens"] / corpus.meta["val_bytes"]
-            state["val"] = val = dict(val_loss=loss, val_accuracy=accuracy, val_perplexity=math.exp(min(loss, 700)), val_bpb=bpb)
+            bpb = loss / math.log(2) / bytes_per_token
+            perplexity = math.exp(min(loss, 700))
+            val = dict(val_loss=loss, val_accuracy=accuracy, val_perplexity=perplexity, val_bpb=bpb)
+            state["val"] = val
             diverged = diverged or not math.isfinite(loss)
+            last = last or diverged
             if args.schedule == "plateau":
                 schedule.observe(loss)
             if master:
-                writer.writerow(dict(step=step, tokens=step * tokens_a_step, elapsed=f"{time.perf_counter() - began:.3f}", **val))
-            say(f"step {step}/{args.max_steps} | val loss {loss:.4f} | accuracy {accuracy:.2%} | {bpb:.4f} bits a byte")
+                elapsed = time.perf_counter() - began
+                writer.writerow(dict(step=step, tokens=step * tokens_per_step, elapsed=elapsed, **val))
+            say(f"step {step}/{args.max_steps} | val loss {loss:.4f} | accuracy {accuracy:.2%} | "
+                f"{bpb:.4f} bits a byte")
             if loss < state["best_val_loss"]:
                 state.update(best_val_loss=loss, best_val_step=step, best_val_accuracy=accuracy)
                 if master:
-                    save(out / "checkpoints/best.pt", dict(model=model.state_dict(), config=asdict(config), step=step, **val))
-        if world > 1 and step % args.log_interval == 0:  # a signal may reach processes at different steps: stop together
-            flag = torch.tensor(float(bool(stop)), device=device)
-            dist.all_reduce(flag)
-            agreed = flag.item() > 0
-        stopped = (agreed if world > 1 else bool(stop)) and not last
-        if master and (stopped or last or step % args.checkpoint_interval == 0 and step > start):
+                    save("best.pt", dict(model=model.state_dict(), config=asdict(config), step=step, **val))
+
+        # Stop? A signal may reach processes at different steps, so they agree at the log steps.
+        stopped = bool(stop)
+        if world > 1:
+            stopped = False
+            if step % args.log_interval == 0:
+                flag = torch.tensor(float(bool(stop)), device=device)
+                dist.all_reduce(flag)
+                stopped = flag.item() > 0
+        stopped = stopped and not last
+
+        # Save everything that the next step depends on, and the rows written so far.
+        due = step % args.checkpoint_interval == 0 and step > start
+        if master and (due or last or stopped):
             state.update(step=step, elapsed=time.perf_counter() - began)
-            save(checkpoint, dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], state=state,
-                                  schedule=getattr(schedule, "state", None), settings=settings, config=asdict(config)))
-        mark += time.perf_counter() - paused  # tokens_per_sec is that of training alone
+            save("last.pt", dict(
+                model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                state=state, schedule=getattr(schedule, "state", None), settings=settings, data=hashes,
+                config=asdict(config), metrics=metrics_path.read_bytes().decode()))
         if last or stopped:
             break
+        timed_from += time.perf_counter() - paused
 
-        x, y = (t.view(args.grad_accum, world, -1, config.context_length)[:, rank] for t in
-                data.get_batch(corpus.train, args.batch_size, config.context_length, args.seed, step))
+        # Take a batch: this process's slice of it, in grad_accum pieces.
+        batch = data.get_batch(corpus.train, args.batch_size, config.context_length, args.seed,
+                               0 if args.full_batch else step)
+        x, y = (t.view(args.grad_accum, world, -1, config.context_length)[:, rank] for t in batch)
         if device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
-        if args.dropout:
-            torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, too, is a function of (seed, step)
-        factor = schedule(step)
-        set_lr(optimizers, factor)
-        figures = train_step(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
-        state["running"] = figures if state["running"] is None else state["running"] + figures
-        state["max_grad_norm"] = torch.maximum(state["max_grad_norm"], figures[1])
-        step += 1
-        bar.update()
+        if args.dropout:                                # a function of (seed, step, rank), too
+            torch.manual_seed((args.seed * 1_000_003 + step * world + rank) % 2**63)
 
+        # Step.
+        factor = schedule(step)
+        for optimizer in optimizers:
+            optimizer.set_lr(factor)
+        record = train_step(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+        state["running"] = record if state["running"] is None else state["running"] + record
+        state["max_grad_norm"] = torch.maximum(state["max_grad_norm"], record[1])
+        step += 1
+
+        # Log: means since the last log step.
         if step % args.log_interval == 0 or step == args.max_steps:
-            since = (step - 1) % args.log_interval + 1
-            loss, norm, *router = (state["running"] / since).tolist()
+            n_steps = (step - 1) % args.log_interval + 1
+            loss, grad_norm, *router = (state["running"] / n_steps).tolist()
             state["running"] = None
             state["history"].append(loss)
-            diverged = plot.has_diverged(state["history"])
+            diverged = plot.has_diverged(state["history"]) or not math.isfinite(grad_norm)
             now = time.perf_counter()
-            speed, mark, mark_step = (step - mark_step) * tokens_a_step / (now - mark), now, step
-            lr, eta = args.lr * factor, (args.max_steps - step) * tokens_a_step / speed
+            speed = (step - timed_step) * tokens_per_step / (now - timed_from)
+            timed_from, timed_step = now, step
+            lr = args.lr * factor
+            eta = timedelta(seconds=int((args.max_steps - step) * tokens_per_step / speed))
             if master:
-                writer.writerow(dict(step=step, tokens=step * tokens_a_step, elapsed=f"{now - began:.3f}", lr=lr, train_loss=loss,
-                                     grad_norm=norm, tokens_per_sec=f"{speed:.0f}", **dict(zip(names, router))))
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tok/s")
-            say(f"step {step}/{args.max_steps} | loss {loss:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | "
-                f"eta {int(eta) // 3600}:{int(eta) // 60 % 60:02}:{int(eta) % 60:02}", console=bar.disable)
-    bar.close()
+                writer.writerow(dict(
+                    zip(router_columns, router), step=step, tokens=step * tokens_per_step, lr=lr,
+                    train_loss=loss, grad_norm=grad_norm, elapsed=now - began, tokens_per_sec=speed))
+            progress = f"step {step}/{args.max_steps}"
+            say(f"{progress} | loss {loss:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}")
 
-    # The end ---------------------------------------------------------------------------------------------------------
+    # The end -----------------------------------------------------------------------------------
+    saver.shutdown()
+    for result in pending:
+        result.result()
+    for number, handler in handlers.items():            # from here on the first Ctrl-C ends it
+        signal.signal(number, handler)
     if master:
-        seconds, val = time.perf_counter() - began, state.get("val")  # of a run killed after its last checkpoint, too
-        status = "interrupted" if stopped else "diverged" if diverged else plot.classify(state["history"])
-        summary = dict(status=status, steps=step,
-                       max_steps=args.max_steps, tokens=step * tokens_a_step, seconds=seconds,
-                       tokens_per_sec=step * tokens_a_step / seconds, lr=args.lr, seed=args.seed,
-                       peak_memory_mb=peak_memory_mb(device), n_params=counts["total"], diverged_at=step if diverged else None)
-        if state["history"]:
-            summary.update(final_train_loss=state["history"][-1], max_grad_norm=state["max_grad_norm"].item())
-        summary.update({k: v for k, v in state.items() if k.startswith("best_")})
-        if last:
-            summary.update({f"final_{k}": v for k, v in val.items()})
-        write_json(summary_path, summary)
-        file.close()
+        seconds = time.perf_counter() - began
+        status = plot.classify(state["history"])
+        if stopped:
+            status = "interrupted"
+        elif diverged:
+            status = "diverged"
+        summary = summarize(status, args, state, step, seconds, step * tokens_per_step, counts["total"])
+        write_json(out / "summary.json", summary)
         if stopped:
             say(f"interrupted at step {step}; the same command with --out {out} --resume goes on from here")
         else:
-            say(f"{summary['status']}: val loss {val['val_loss']:.4f}, accuracy {val['val_accuracy']:.2%}, perplexity "
-                f"{val['val_perplexity']:.1f}, {val['val_bpb']:.4f} bits a byte; {seconds:.0f} s, {summary['tokens_per_sec']:,.0f} tok/s")
+            val = state["val"]
+            say(f"{status}: val loss {val['val_loss']:.4f}, accuracy {val['val_accuracy']:.2%}, perplexity "
+                f"{val['val_perplexity']:.1f}, {val['val_bpb']:.4f} bits a byte; {seconds:.0f} s, "
+                f"{summary['tokens_per_sec']:,.0f} tok/s")
         if last and args.sample and not diverged:
             prompt = torch.tensor([[corpus.tokenizer.eot]], device=device)
             ids = model.eval().generate(prompt, args.sample, temperature=0.8, top_k=50)[0, 1:].tolist()
             say("sample: " + corpus.tokenizer.decode(ids))
+        metrics_file.close()
         if not args.no_plot:
             plot.draw_run(out)
+        owner.close()
     if world > 1:
-        del train_step  # NCCL waits for the graphs that hold its calls
+        del train_step                                  # NCCL waits for the graphs that hold its calls
         dist.destroy_process_group()
-    return 130 if stopped else 0
+    if stopped:                                         # in another process of a torchrun, perhaps
+        return 128 + (stop[0] if stop else signal.SIGINT)
+    return 0
 
+def main(argv=None):
+    try:
+        return run(*parse_args(argv))
+    except BrokenPipeError:     # whoever read the lines has gone (| head): no traceback; --resume goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as e:        # a full disk, a folder that cannot be written
+        fail(f"cannot use {e.filename or 'the disk'}: {e.strerror or e}; make room, or choose another --out")
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:  # before the loop, which handles it: nothing to save yet
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read the lines has gone (| head): end without a traceback; --resume goes on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    if sys.stdout is None:                              # closed by whoever started this
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")   # a sample may hold what the terminal cannot show
+    sys.exit(main())

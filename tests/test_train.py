@@ -1,5 +1,6 @@
 """Whole runs on a small text: what they write, that they repeat to the bit, resume, stop, refuse bad input, share work."""
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,11 @@ from model import ModelConfig, Transformer
 from optim import build_optimizer
 
 ROOT = Path(train.__file__).parent
-SMALL = ["--data", "text.txt", "--vocab-size", "300", "--d-model", "16", "--n-layers", "2", "--n-heads", "2", "--d-ff", "24",
-         "--context-length", "16", "--batch-size", "8", "--max-steps", "20", "--eval-interval", "5", "--log-interval", "1",
-         "--eval-tokens", "400", "--checkpoint-interval", "5", "--device", "cpu", "--no-progress", "--no-plot", "--sample", "0"]
+SMALL = ("--data text.txt --vocab-size 300 --d-model 16 --n-layers 2 --n-heads 2 --d-ff 24 --context-length 16 "
+         "--batch-size 8 --max-steps 20 --eval-interval 5 --log-interval 1 --eval-tokens 400 --checkpoint-interval 5 "
+         "--device cpu --no-plot --sample 0").split()
 TIMES = ("elapsed", "tokens_per_sec")
+CONFIG = ModelConfig(vocab_size=50, context_length=16, n_layers=2, n_heads=2, d_model=16, d_ff=24)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,8 +68,7 @@ def test_a_run_writes_its_folder():
     first, last = float(evals[0]["val_loss"]), float(evals[-1]["val_loss"])
     assert float(train_rows[0]["train_loss"]) == pytest.approx(math.log(300), abs=0.1) and last < first < math.log(300)
     assert summary["final_val_loss"] == last and summary["best_val_loss"] == min(float(r["val_loss"]) for r in evals)
-    meta = config["data"]
-    assert float(evals[-1]["val_bpb"]) == pytest.approx(last / math.log(2) * meta["val_tokens"] / meta["val_bytes"])
+    assert config["code"].keys() == {"model.py", "optim.py", "schedule.py", "data.py", "train.py"}
     assert float(evals[-1]["val_perplexity"]) == pytest.approx(math.exp(last))
     assert "step 20/20 | loss" in Path("full/training.log").read_text()
 
@@ -76,6 +78,8 @@ def test_a_run_writes_its_folder():
     model.load_state_dict(saved["model"])
     corpus = data.load("text.txt", 300)
     x, y = data.val_windows(corpus.val, 16, 400)
+    text = b"".join(corpus.tokenizer.bytes[i] for i in y.flatten().tolist() if i != corpus.tokenizer.eot)
+    assert float(evals[-1]["val_bpb"]) == pytest.approx(last / math.log(2) * y.numel() / len(text))  # of these windows
     logits = model(x)[0].float()
     assert F.cross_entropy(logits.flatten(0, 1), y.flatten()).item() == pytest.approx(last, abs=2e-3)
     assert (logits.argmax(-1) == y).float().mean().item() == pytest.approx(float(evals[-1]["val_accuracy"]), abs=0.02)
@@ -87,16 +91,18 @@ def test_the_same_seed_repeats_to_the_bit_and_another_does_not():
 
 
 @pytest.mark.parametrize("flags", [[], ["--optimizer", "muon", "--lr", "0.02"], ["--schedule", "plateau", "--dropout", "0.1"],
-                                   ["--n-experts", "4", "--log-interval", "3"]])
+                                   ["--n-experts", "4", "--log-interval", "3"],
+                                   ["--optimizer", "sgd", "--lr", "0.1", "--grad-accum", "2"]])
 def test_a_run_that_is_killed_resumes_to_the_bit(flags, monkeypatch):
     name = "killed" + "".join(flags).replace("--", "-")
     whole = run(name + "-whole", *flags)[2]
     get_batch, calls = data.get_batch, []
 
     def die(*args):
-        calls.append(args)
-        if len(calls) == 13:  # three steps after the checkpoint at 10
-            raise MemoryError("killed")
+        if args[1] == 8:  # a batch, not the check that the text is long enough
+            calls.append(args)
+            if len(calls) == 13:  # three steps after the checkpoint at 10
+                raise MemoryError("killed")
         return get_batch(*args)
     monkeypatch.setattr(data, "get_batch", die)
     with pytest.raises(MemoryError):
@@ -136,25 +142,53 @@ def test_divergence_ends_a_run_early_and_counts_as_a_result():
                "--resume")[1]["diverged_at"] == summary["diverged_at"] and rows("diverged") == metrics
 
 
-def test_accumulation_gives_the_same_gradients():
-    config = ModelConfig(vocab_size=50, context_length=16, n_layers=2, n_heads=2, d_model=16, d_ff=24)
-    args, _ = train.parse_args(["--grad-clip", "0"])
+def one_sgd_step(pieces, clip):
+    """The weights' change in one step of gradient descent at rate 1, which is minus the gradient, and the record."""
+    args, _ = train.parse_args(["--grad-clip", str(clip)])
     torch.manual_seed(1)
-    x = torch.randint(50, (8, 17))
-    after = []
-    for pieces in (1, 4):
-        torch.manual_seed(0)
-        model = Transformer(config, torch.float64).double()
-        optimizers = build_optimizer(model, "adamw", 0.1)
-        grads = []
-        optimizers[0].step = lambda **_: grads.extend(p.grad.clone() for p in model.parameters())
-        shape = (pieces, 8 // pieces, 16)
-        figures = train.make_step(model.losses, optimizers, model, args)(
-            x[:, :-1].reshape(shape), x[:, 1:].reshape(shape))
-        after.append([figures, *grads])
-    for a, b in zip(*after):
+    x, y = torch.randint(50, (2, pieces, 8 // pieces, 16))
+    torch.manual_seed(0)
+    model = Transformer(CONFIG, torch.float64).double()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizers = build_optimizer(model, "sgd", 1.0, weight_decay=0.0, momentum=0.0)
+    record = train.make_step(model.losses, optimizers, model, args)(x, y)
+    return record, [a - p.detach() for a, p in zip(before, model.parameters())], (model, before, x, y)
+
+
+def test_accumulation_gives_the_same_gradients():
+    whole, pieces = one_sgd_step(1, 0), one_sgd_step(4, 0)
+    for a, b in zip([whole[0], *whole[1]], [pieces[0], *pieces[1]]):
         torch.testing.assert_close(a, b)
-    assert after[0][1].abs().max() > 0
+    assert whole[1][1].abs().max() > 0
+
+
+@pytest.mark.parametrize("clip", [0, 0.01, 100])
+def test_clipping_is_that_of_torch(clip):
+    record, gradients, (model, before, x, y) = one_sgd_step(1, clip)
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), before):
+            p.copy_(value)
+    model.losses(x[0], y[0])[0].backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    assert 0.01 < norm < 100
+    torch.testing.assert_close(record[1], norm)
+    for gradient, p in zip(gradients, model.parameters()):
+        torch.testing.assert_close(gradient, p.grad)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_a_gradient_that_is_not_finite_changes_no_weight(optimizer):
+    args, _ = train.parse_args([])
+    model = Transformer(CONFIG)
+    optimizers = build_optimizer(model, optimizer, 0.1)
+
+    def losses(x, y):
+        return model.losses(x, y)[0] * math.inf, None
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = torch.randint(50, (2, 1, 4, 16))
+    record = train.make_step(losses, optimizers, model, args)(x, y)
+    assert not record[:2].isfinite().all()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
 def test_router_columns():
@@ -171,39 +205,21 @@ def test_router_columns():
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_compiled_steps_are_those_of_the_plain_one(n_experts):
     """With the backend of MPS, which needs no C++ compiler; and nothing is compiled again and again."""
-    config = ModelConfig(vocab_size=50, context_length=16, n_layers=2, n_heads=2, d_model=16, d_ff=24, n_experts=n_experts)
     args, _ = train.parse_args([])
     batches, curves = torch.randint(50, (12, 2, 1, 4, 16)) // 5, []
     for backend in (None, "aot_eager"):
         torch.manual_seed(0)
-        model = Transformer(config)
+        model = Transformer(replace(CONFIG, n_experts=n_experts))
         optimizers = build_optimizer(model, "muon", 0.03)
+        losses = model.losses
         if backend:
-            for optimizer in optimizers:  # as inductor's are
-                optimizer.update = torch.compile(optimizer.update, backend=backend, dynamic=False)
-        losses = train.compiled(model, optimizers, backend, torch.device("cpu")) if backend else model.losses
+            losses = torch.compile(losses, backend=backend)
+            for optimizer in optimizers:
+                optimizer.compile(backend=backend)
         step = train.make_step(losses, optimizers, model, args)
         curves.append(torch.stack([step(x, y) for x, y in batches]))
     torch.testing.assert_close(*curves, rtol=1e-3, atol=1e-4)
     assert curves[0][-1, 0] < curves[0][0, 0] - 0.1
-
-
-@pytest.mark.parametrize("clip", [0, 0.01, 100])
-def test_clipping_is_that_of_torch(clip):
-    config = ModelConfig(vocab_size=50, context_length=16, n_layers=1, n_heads=2, d_model=16, d_ff=24)
-    args, _ = train.parse_args(["--grad-clip", str(clip)])
-    torch.manual_seed(0)
-    model, (x, y) = Transformer(config), torch.randint(50, (2, 1, 4, 16))
-    optimizers, seen = build_optimizer(model, "adamw", 0.1), {}
-    def step(scale): seen.update({p: p.grad * scale for p in model.parameters()})
-    optimizers[0].step = step
-    figures = train.make_step(model.losses, optimizers, model, args)(x, y)
-    model.losses(x[0], y[0])[0].backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-    assert 0.01 < norm < 100
-    torch.testing.assert_close(figures[1], norm)
-    for p in model.parameters():
-        torch.testing.assert_close(seen[p], p.grad)
 
 
 def test_two_processes_give_the_loss_of_one():
@@ -277,7 +293,7 @@ def test_bad_input_is_one_line_and_status_2(flags, word, capsys):
     assert [line for line in err if "train.py:" in line or "Traceback" in line] == err[-1:], err
 
 
-def test_dtype_and_compile_are_chosen_by_the_hardware(monkeypatch):
+def test_dtype_and_compile_are_chosen_by_the_hardware(monkeypatch, capsys):
     cpu, mps = torch.device("cpu"), torch.device("mps")
     config = ModelConfig()
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
@@ -286,15 +302,21 @@ def test_dtype_and_compile_are_chosen_by_the_hardware(monkeypatch):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     assert train.pick_dtype("auto", cpu) == torch.float32 == train.pick_dtype("auto", mps)
     assert train.pick_dtype("bfloat16", cpu) == torch.bfloat16
-    assert train.pick_compile(None, cpu, config, 10**6, 10**6) is None  # seconds of work
-    assert train.pick_compile(None, cpu, config, 10**8, 10**9) == "inductor"  # days
-    assert train.pick_compile(None, torch.device("cuda"), config, 1, 1) == "inductor"
-    assert train.pick_compile(True, mps, config, 1, 1) == "aot_eager" and train.pick_compile(None, mps, config, 1, 1) is None
-    assert train.pick_compile(False, torch.device("cuda"), config, 1, 1) is None
+    cuda, tokens = torch.device("cuda"), 10**6
+    assert train.pick_compile(None, cpu, config, tokens) is None                # a minute of work
+    assert train.pick_compile(None, cpu, config, 10**9) == "inductor"           # a day
+    assert train.pick_compile(True, mps, config, tokens) == "aot_eager"
+    assert train.pick_compile(None, mps, config, tokens) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "here")
+    assert train.pick_compile(None, cuda, config, tokens) == "inductor"
+    assert train.pick_compile(False, cuda, config, tokens) is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert train.pick_compile(None, cuda, config, tokens) is None               # Windows has no Triton
+    assert "without torch.compile" in capsys.readouterr().err
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert train.pick_device("auto") == mps
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert train.pick_device("auto").type == "cuda"
 
@@ -303,12 +325,12 @@ def test_a_step_is_a_cuda_graph_where_nothing_in_it_waits_for_the_host(monkeypat
     cuda, dense, moe = torch.device("cuda"), ModelConfig(), ModelConfig(n_experts=4)
     for hopper in (True, False):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if hopper else (8, 0))
-        assert train.pick_graph(cuda, torch.bfloat16, dense, "inductor")
-        assert train.pick_graph(cuda, torch.bfloat16, moe, "inductor") == hopper
-        assert not train.pick_graph(cuda, torch.float32, moe, "inductor")
-        assert not train.pick_graph(cuda, torch.bfloat16, dense, None)
-        assert not train.pick_graph(cuda, torch.bfloat16, ModelConfig(dropout=0.1), "inductor")
-    assert not train.pick_graph(torch.device("cpu"), torch.bfloat16, dense, "inductor")
+        assert train.can_record(cuda, torch.bfloat16, dense, "inductor")
+        assert train.can_record(cuda, torch.bfloat16, moe, "inductor") == hopper
+        assert not train.can_record(cuda, torch.float32, moe, "inductor")
+        assert not train.can_record(cuda, torch.bfloat16, dense, None)
+        assert not train.can_record(cuda, torch.bfloat16, ModelConfig(dropout=0.1), "inductor")
+    assert not train.can_record(torch.device("cpu"), torch.bfloat16, dense, "inductor")
 
 
 def test_one_step_and_one_log_row_are_enough():
