@@ -1,0 +1,155 @@
+"""How often is the analysis of a sweep right? Simulated sweeps with a known optimum, run by hand:
+
+    python tests/simulate.py             a line a cell: 150 sweeps each at 2, 3 and 5 seeds; five minutes
+    python tests/simulate.py settings    how often equal settings are called different, and unequal ones found
+
+A law gives each run its loss: a shape over u = log(rate / optimum), the luck of its seed (30 mnat) and its
+own noise sigma. holds: of 100 intervals, those with the optimum inside (an open side holds all); width: their
+median high / low; open: of 100, those with an open side; regret: median loss of the recommended rate above
+the optimum's (mnat); runs: their mean number.
+"""
+import argparse
+import functools
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sweep
+
+GRID = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+DECADES = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+LUCK = 0.03
+SHAPES = {
+    "parabola": lambda u: 0.1 * u ** 2,
+    "flat": lambda u: 0.03 * u ** 2,
+    "sharp": lambda u: 0.4 * u ** 2,
+    "wall above": lambda u: max(0.05 * -u, 2 * u) * abs(u),
+    "wall below": lambda u: max(2 * -u, 0.05 * u) * abs(u),
+    "quartic": lambda u: 0.05 * u ** 4,
+    "lopsided": lambda u: 0.12 * math.exp(-0.6 * u) + 0.024 * math.exp(3 * u) - 0.144,
+    "exponential": lambda u: 0.25 * (math.exp(-0.5 * u) / 0.5 + math.exp(1.2 * u) / 1.2 - 1 / 0.5 - 1 / 1.2),
+    "second minimum": lambda u: min(0.1 * u ** 2, 0.02 + 0.3 * (u - 1.6) ** 2),
+    "second far": lambda u: min(0.1 * u ** 2, 0.015 + 0.1 * (u - 2.5) ** 2),
+}
+CELLS = {name: dict(shape=name) for name in SHAPES} | {
+    "noise grows": dict(shape="exponential", grows=3),
+    "student-t": dict(shape="parabola", student=True),
+    "slopes": dict(shape="parabola", slopes=0.02),
+    "slopes, quartic": dict(shape="quartic", slopes=0.03),
+    "seeds diverge": dict(shape="parabola", edge=1.2),
+    "seeds diverge 2": dict(shape="exponential", edge=1.2),
+    "far below": dict(shape="parabola", lrs=[1e-6, 3e-6, 1e-5]),
+    "far above": dict(shape="parabola", lrs=[1.0, 3.0, 10.0]),
+    "decades": dict(shape="parabola", lrs=DECADES),
+    "decades, wall": dict(shape="wall above", lrs=DECADES),
+    "decades, lopsided": dict(shape="lopsided", lrs=DECADES),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def lowest(shape):
+    """Where the shape is lowest, and how low: not at u = 0 in all."""
+    u = np.linspace(-2, 2, 4001)
+    y = [SHAPES[shape](x) for x in u]
+    return u[np.argmin(y)], min(y)
+
+
+def law(trial, sigma, shape, grows=0, student=False, slopes=0, edge=None, lrs=GRID):
+    """-> loss(setting, lr, seed), the optimum, regret(lr). A setting may hold ("optimum", (factor, nats))."""
+    draw = np.random.default_rng([trial, 1])
+    optimum = math.exp(draw.uniform(math.log(1e-3), math.log(1e-2)))
+    luck = draw.normal(0, LUCK, 9)
+    slope = draw.normal(0, slopes, 9)
+    u0, y0 = lowest(shape)
+
+    def regret(lr):
+        return SHAPES[shape](math.log(lr / optimum) + u0) - y0
+
+    def loss(setting, lr, seed):
+        factor, above = dict(setting).get("optimum", (1, 0))
+        u = math.log(lr / optimum / factor)
+        own = np.random.default_rng([trial, seed, int(abs(math.log(lr)) * 1e6), dict(setting).get("id", 0)])
+        if u > 3.4 or (edge and own.random() < 1 / (1 + math.exp(-(u - edge) / 0.35))):
+            return math.inf
+        noise = own.standard_t(3) / math.sqrt(3) if student else own.normal()
+        noise *= sigma * (1 + grows / (1 + math.exp(-2 * (u - 1))))
+        return 3 + above + regret(lr / factor) + luck[seed] + slope[seed] * u + noise
+    return loss, optimum, regret
+
+
+def search(loss, settings=((),), lrs=GRID, seeds=3, refine=0, max_runs=500, widen=True):
+    """Runs a whole search against a law. Returns {setting: table}, all results, and why it ended."""
+    plan = argparse.Namespace(settings=settings, lrs=lrs, seeds=seeds, refine=refine, max_runs=max_runs,
+                              widen=widen, schedules=[])
+    results = {}
+    ended = None
+    while not ended:
+        keys, ended = sweep.next_runs(results, plan)
+        results.update({key: loss(*key) for key in keys})
+    tables = {}
+    for (setting, lr, seed), value in results.items():
+        tables.setdefault(setting, {}).setdefault(lr, {})[seed] = value
+    return tables, results, ended
+
+
+def cell(name, sigma, seeds, trials):
+    """-> share of intervals that hold, median width, share open, median regret (nats), mean of runs."""
+    found = []
+    for trial in range(trials):
+        loss, optimum, regret = law(trial, sigma, **CELLS[name])
+        tables, results, _ = search(loss, lrs=CELLS[name].get("lrs", GRID), seeds=seeds)
+        best = sweep.best_rate(tables[()])
+        low, high = sweep.compare_rates(tables[()], best)[-2:]
+        holds = (low or 0) <= optimum <= (high or math.inf)
+        width = high / low if low and high else math.inf
+        found.append((holds, width, math.isinf(width), regret(best), len(results)))
+    holds, width, unbounded, regret, runs = zip(*found)
+    return np.mean(holds), np.median(width), np.mean(unbounded), np.median(regret), np.mean(runs)
+
+
+def claims(shape, sigma, seeds, factors, above, trials):
+    """Share of studies that call settings different: optima apart by factors, the last `above` nats worse."""
+    count = 0
+    for trial in range(trials):
+        loss, _, _ = law(trial, sigma, shape)
+        worse = [0] * (len(factors) - 1) + [above]
+        settings = [(("optimum", pair), ("id", i)) for i, pair in enumerate(zip(factors, worse))]
+        tables = search(loss, settings, seeds=seeds)[0]
+        count += any(c["verdict"] == "shown" for c in sweep.compare_settings(tables, 0.01)[1])
+    return count / trials
+
+
+STUDIES = [([1, 1], 0), ([1, 1.8], 0), ([1, 2], 0), ([1] * 5, 0), ([1, 1.2, 1.4, 1.7, 2], 0), ([1, 1], 3),
+           ([1, 1.8], 3)]
+SIGMAS = (0.003, 0.01, 0.05)
+
+
+def print_claims():
+    print("of 100 studies, those that call a difference shown: sigma 3, 10, 50 mnat at 2, 3, 5 seeds each")
+    for shape in ("parabola", "exponential", "quartic", "wall above"):
+        for factors, above in STUDIES:
+            line = f"{shape:12} optima {str(factors):26} last {above} sigma worse:"
+            for sigma in SIGMAS:
+                for seeds in (2, 3, 5):
+                    line += f"{100 * claims(shape, sigma, seeds, factors, above * sigma, 150):4.0f}"
+            print(line, flush=True)
+
+
+def main(argv):
+    if argv == ["settings"]:
+        return print_claims()
+    for name in argv or CELLS:
+        for sigma in SIGMAS:
+            line = f"{name:18} {1000 * sigma:3.0f} mnat"
+            for seeds in (2, 3, 5):
+                holds, width, unbounded, regret, runs = cell(name, sigma, seeds, 150)
+                line += f" | {seeds} seeds: holds {100 * holds:3.0f} width {width:5.1f}"
+                line += f" open {100 * unbounded:2.0f} regret {1000 * regret:4.1f} runs {runs:4.1f}"
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
