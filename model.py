@@ -126,8 +126,9 @@ class HeadLoss(torch.autograd.Function):
         grad_h = []
         grad_w = torch.zeros_like(weight)
         # A slice should stay in a CPU's cache (on a GPU: in 2 GB), but each reads and writes all of grad_w.
-        slice_size = max(2**28 if h.is_cuda else 2**22, w.numel())
-        n_slices = math.ceil(len(h) * len(w) / slice_size)
+        slice_size = 2**28 if h.is_cuda else 2**22
+        n_logits = len(h) * len(w)
+        n_slices = math.ceil(n_logits / max(slice_size, w.numel()))
         for rows, t in zip(h.chunk(n_slices), targets[:, None].chunk(n_slices)):
             logits = rows @ w.T                                             # (n, V)
             top = logits.amax(-1, keepdim=True).to(weight.dtype)            # (n, 1)

@@ -119,6 +119,68 @@ def orthogonalize(stack, ns_steps):
     return out[:len(stack)]
 
 # --------------------------------------------------------------------------------------------------
+# The edge of stability
+#
+# Along an eigenvector of the loss's Hessian H with eigenvalue h, gradient descent multiplies the distance
+# from the bottom by 1 - lr h a step: above h = 2 / lr it swings ever wider. The largest h is the sharpness.
+
+def top_eigenvalue(product, start, tolerance=0.003, max_products=40):
+    """
+    Largest eigenvalue of a symmetric matrix H known by product(v) = H v, by Lanczos iteration.
+
+    start (n,) of any length -> eigenvalue, unit eigenvector (n,), tolerance reached; nan, zeros, nan where
+    H v is not finite. k products span a space in which H is a k x k matrix, whose top eigenpair (h, v) is the
+    estimate. Its tolerance is |H v - h v| / |h|: an eigenvalue of H is that near, relatively, and the error
+    of the top one is about its square over the relative gap to the next.
+    """
+    basis = start.new_empty(max_products, len(start))
+    small = torch.zeros(max_products, max_products, dtype=torch.float64)    # on the CPU; lower triangle
+    q = start / start.norm()
+    for k in range(max_products):
+        basis[k] = q
+        known = basis[:k + 1]
+        Hq = product(q)
+        overlap = known @ Hq
+        small[k, :k + 1] = overlap
+        rest = Hq - overlap @ known
+        rest -= (known @ rest) @ known          # again: rounding leaves some of what was taken out
+        size = rest.norm().item()
+        if not math.isfinite(size):
+            return math.nan, torch.zeros_like(start), math.nan
+        values, vectors = torch.linalg.eigh(small[:k + 1, :k + 1])
+        value = values[-1].item()
+        reached = size * abs(vectors[k, -1].item()) / max(abs(value), 1e-30)
+        if reached <= tolerance:
+            break
+        q = rest / size
+    v = vectors[:, -1].to(known) @ known
+    return value, v / v.norm(), reached
+
+def adamw_preconditioner(grads, vs, step, betas, eps):
+    """
+    P of the coming update w - lr P^-1 m, decay aside, if these are its gradients; vs are those after `step`
+    updates. P = (1 - b1^t)(sqrt(v^) + eps), t = step + 1: for AdamW the top eigenvalue of P^-1/2 H P^-1/2
+    stands in for the sharpness (Cohen et al. 2022).
+    """
+    correction1, correction2 = (bias_correction(beta, step + 1) for beta in betas)
+    after = [v.lerp(g * g, 1 - betas[1]) for g, v in zip(grads, vs)]
+    return [correction1 * ((v / correction2).sqrt() + eps) for v in after]
+
+def stability_threshold(name, lr, momentum, beta1):
+    """
+    The sharpness above which a quadratic diverges; None for muon, for which none is published.
+
+    sgd: 2 (1 + momentum) / lr (Polyak 1964; Cohen et al. 2021). adamw: 2 (1 + b1) / ((1 - b1) lr), 38 / lr at
+    0.9 (Cohen et al. 2022). Decay lowers it by weight_decay, or not to speak of; clipping by a factor s
+    raises sgd's to 1 / s of it, while adamw divides by gradients that were clipped as well.
+    """
+    if name == "sgd":
+        return 2 * (1 + momentum) / lr
+    if name == "adamw":
+        return 2 * (1 + beta1) / ((1 - beta1) * lr)
+    return None
+
+# --------------------------------------------------------------------------------------------------
 # What they keep from step to step
 
 class Optimizer:

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Status of a loss curve: thresholds in nats, unless they say otherwise
 
 SPIKE = 0.5         # a loss above the lowest level before it; 65% more perplexity is no minibatch's luck
@@ -48,7 +48,6 @@ GONE = 1.0          # has_diverged: this far above its lowest loss ...
 GONE_POINTS = 10    # ... for so many log steps, and for half of the run: a warm-up bump is shorter
 EDGE = ("unstable", "diverged")
 STATUSES = ("converged", "slow", *EDGE)
-
 
 def classify(losses, best=None):
     """Status of a curve of training losses (nats, in order); best: the final loss of the sweep's best run."""
@@ -84,7 +83,6 @@ def classify(losses, best=None):
         return "slow"
     return "converged"
 
-
 def has_diverged(losses):
     """Is it hopeless already? For stopping early: must not fire on a run that can still recover from a spike.
 
@@ -100,13 +98,12 @@ def has_diverged(losses):
         return False
     return bool(np.median(since[half // 2:]) > np.median(since[:half // 2]))
 
-
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading: what is damaged or half written is left out, and never stops anything
 
 COLUMNS = ("step", "tokens", "elapsed", "lr", "train_loss", "grad_norm", "tokens_per_sec",
            "val_loss", "val_accuracy", "val_perplexity", "val_bpb")
-
+HESSIAN = ("sharpness", "preconditioned_sharpness", "stability_threshold")      # with train.py --sharpness
 
 def read_json(path):
     """The object in a JSON file as a dict, or None where there is none that can be read."""
@@ -116,11 +113,11 @@ def read_json(path):
         return None
     return value if isinstance(value, dict) else None
 
-
 def read_metrics(path):
-    """metrics.csv -> train, val: {column: array} of the rows of steps (they have an lr) and of evaluations.
+    """metrics.csv -> train, val, hessian: {column: array} of rows of steps (they have an lr), of evaluations
+    and of measurements of the sharpness.
 
-    All of COLUMNS are there, nan where the file has nothing; damaged and unfinished rows are left out.
+    COLUMNS and HESSIAN are there, nan where the file has nothing; damaged and unfinished rows are left out.
     Numbers go into one flat array of doubles: a million rows take 2 seconds.
     """
     head = []
@@ -138,13 +135,12 @@ def read_metrics(path):
     except OSError:
         pass
     rows = np.array(table).reshape(-1, max(1, len(head)))
-    columns = dict.fromkeys(COLUMNS, np.full(len(rows), np.nan)) | dict(zip(head, rows.T))
-    kinds = np.isfinite(columns["lr"]), np.isfinite(columns["val_loss"])
+    columns = dict.fromkeys(COLUMNS + HESSIAN, np.full(len(rows), np.nan)) | dict(zip(head, rows.T))
+    kinds = [np.isfinite(columns[name]) for name in ("lr", "val_loss", "sharpness")]
     return [{name: column[kind] for name, column in columns.items()} for kind in kinds]
 
-
 def read_run(dir):
-    """{dir, name, config, args, lr, seed, summary, train, val}; None without a readable config.json."""
+    """{dir, name, config, args, lr, seed, summary, train, val, hessian}; None: no readable config.json."""
     dir = Path(dir)
     config = read_json(dir / "config.json") or {}
     try:
@@ -154,18 +150,16 @@ def read_run(dir):
         return None
     if not 0 < lr < np.inf:   # no place on a log axis
         return None
-    train, val = read_metrics(dir / "metrics.csv")
+    train, val, hessian = read_metrics(dir / "metrics.csv")
     return dict(dir=dir, name=dir.name, config=config, args=config["args"], lr=lr, seed=seed,
-                summary=read_json(dir / "summary.json") or {}, train=train, val=val)
-
+                summary=read_json(dir / "summary.json") or {}, train=train, val=val, hessian=hessian)
 
 def read_runs(dir):
     """All runs directly under dir, ordered by rate and seed."""
     runs = [read_run(path) for path in Path(dir).iterdir() if path.is_dir()]
     return sorted(filter(None, runs), key=lambda run: (run["lr"], run["seed"], run["name"]))
 
-
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Drawing: helpers
 
 COLOURS = {"best": "#0072B2", "unstable": "#E69F00", "diverged": "#D55E00"}   # safe for colour-blind readers
@@ -175,8 +169,7 @@ LABELS = {"train_loss": "training loss (nats a token)", "val_loss": "validation 
           "val_accuracy": "next-token accuracy", "val_perplexity": "perplexity",
           "max_grad_norm": "largest gradient norm", "accuracy_per_minute": "accuracy a minute",
           "status": "worst status of the seeds"}
-LOG = ("lr", "grad_norm", "max_grad_norm", "val_perplexity")
-
+LOG = ("lr", "grad_norm", "max_grad_norm")
 
 def rate(lr):
     """A rate as people write it: 3e-4, 2.1e-3, 0.065."""
@@ -184,7 +177,6 @@ def rate(lr):
         return f"{lr:.3g}"
     mantissa, exponent = f"{lr:.1e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
-
 
 def figure(width, height, rows=1, cols=1):
     """A Figure (inches) on an Agg canvas, without pyplot's display and global state; its axes in order."""
@@ -198,13 +190,11 @@ def figure(width, height, rows=1, cols=1):
         ax.grid(alpha=0.25)
     return fig, axes
 
-
 def save(fig, path):
     """Written aside and renamed: a reader never sees half a picture. Returns the path."""
     aside = path.with_name(path.name + ".tmp")
     fig.savefig(aside, format="png")
     return aside.replace(path)
-
 
 def points(run, column):
     """Steps and values of a column, averaged in blocks to at most 100: minibatch noise hides who is lower."""
@@ -214,7 +204,6 @@ def points(run, column):
     block = 1 + rows.shape[1] // 100
     whole = rows.shape[1] // block * block
     return rows[:, :whole].reshape(2, -1, block).mean(axis=2)   # (2, points)
-
 
 def loss_axis(ax, losses):
     """An upward axis for losses (nats), logarithmic in the distance from a little below the lowest.
@@ -230,7 +219,6 @@ def loss_axis(ax, losses):
                                          lambda z: np.exp(z) + floor))
     ax.set_ylim(floor + 0.08 * span, floor + 1.15 * span)
     ax.set_yticks(ticks, [f"{tick:.4g}" for tick in ticks])
-
 
 def looks(runs):
     """{(setting, lr): (x, style)}: colour tells the rate, the kind of line the setting.
@@ -250,7 +238,6 @@ def looks(runs):
         look[run["setting"], run["lr"]] = (run["lr"] * 1.04 ** i, style)
     return look
 
-
 def legend(fig, runs, look):
     """Beside the panels: a line for a rate, with how many of its runs were at the edge."""
     from matplotlib.lines import Line2D
@@ -262,7 +249,6 @@ def legend(fig, runs, look):
         handles.append(Line2D([], [], label=", ".join(filter(None, [rate(lr), setting, *notes])), **style))
     columns = 1 + len(handles) // 28
     fig.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8, ncols=columns)
-
 
 def draw_curves(runs, look, columns):
     """A panel a column against the step; the axis of a loss is set by the runs that survived."""
@@ -284,8 +270,51 @@ def draw_curves(runs, look, columns):
     legend(fig, runs, look)
     return fig
 
+def edge_of_stability(run):
+    """Steps, sharpness (AdamW: the preconditioned one) and the threshold above which a quadratic diverges."""
+    rows = run["hessian"]
+    preconditioned = rows["preconditioned_sharpness"]
+    sharpness = np.where(np.isfinite(preconditioned), preconditioned, rows["sharpness"])
+    return rows["step"], sharpness, rows["stability_threshold"]
 
-# ----------------------------------------------------------------------------------------------------
+def draw_sharpness(runs, look):
+    """The sharpness (up to 10 times its threshold) against the step, thresholds dashed; the loss beneath."""
+    fig, [top, bottom] = figure(10, 8, 2)
+    top.set(yscale="log", ylabel="sharpness; dashed: threshold")
+    bottom.set(yscale="log", ylabel=LABELS["train_loss"], xlabel="step")
+    for run in runs:
+        _, style = look[run["setting"], run["lr"]]
+        steps, sharpness, threshold = edge_of_stability(run)
+        sharpness[sharpness > 10 * threshold] = np.nan
+        top.plot(steps, sharpness, linewidth=1.3, **style)
+        top.plot(steps, threshold, linewidth=1, color=style["color"], linestyle="--")
+        steps, losses = points(run, "train_loss")
+        bottom.plot(steps, np.minimum(losses, losses[:1]), linewidth=1.3, **style)
+    legend(fig, runs, look)
+    return fig
+
+def draw_edge(runs, look):
+    """What the second half of each run came to: sharpness in units of the threshold, and the loss."""
+    rates = sorted({run["lr"] for run in runs})
+    fig, [left, right] = figure(14, 5, 1, 2)
+    left.set(ylabel="sharpness / threshold (0.1 to 10): lowest, median, highest")
+    left.axhline(1, color=COLOURS["unstable"])
+    right.set(ylabel=LABELS["train_loss"])
+    for ax in (left, right):
+        ax.set(xscale="log", yscale="log", xlabel="peak learning rate (x: diverged)")
+        ax.set_xticks(rates, [rate(lr) for lr in rates])
+        ax.minorticks_off()
+    for run in runs:
+        x, style = look[run["setting"], run["lr"]]
+        marker = "x" if run["status"] == "diverged" else "o"
+        _, sharpness, threshold = edge_of_stability(run)
+        late = np.clip(sharpness / threshold, 0.1, 10)[len(sharpness) // 2:]
+        left.plot([x, x, x], np.quantile(late, [0, 0.5, 1]), "-" + marker, color=style["color"])
+        right.plot(x, run["train"]["train_loss"][-1], marker, color=style["color"])
+    legend(fig, runs, look)
+    return fig
+
+# --------------------------------------------------------------------------------------------------
 # The pictures of a run
 
 def draw_run(dir):
@@ -298,6 +327,8 @@ def draw_run(dir):
     look = looks([run])
     pictures = {"loss_curves.png": draw_curves([run], look, ["train_loss", "val_loss", "grad_norm"]),
                 "lr_schedule.png": draw_curves([run], look, ["lr"])}
+    if len(run["hessian"]["step"]):
+        pictures["sharpness.png"] = draw_sharpness([run], look)
     experts = [name for name in run["train"] if name.startswith("share_L")]   # share_L0_E0, share_L0_E1 ...
     if experts:
         share = np.stack([points(run, name)[1] for name in experts])   # (layers * experts, points)
@@ -308,8 +339,7 @@ def draw_run(dir):
         pictures["router.png"] = fig
     return [save(fig, run["dir"] / name) for name, fig in pictures.items()]
 
-
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The pictures of a sweep
 
 def draw_sweep(dir, runs, insights):
@@ -322,8 +352,11 @@ def draw_sweep(dir, runs, insights):
                 "detailed_comparison.png": draw_details(runs, look, insights),
                 "lr_schedules.png": draw_curves(runs, look, ["lr"]),
                 "summary_table.png": draw_table(insights)}
+    measured = [run for run in runs if len(run["hessian"]["step"]) and len(run["train"]["step"])]
+    if measured:
+        pictures["sharpness.png"] = draw_sharpness(measured, look)
+        pictures["edge_of_stability.png"] = draw_edge(measured, look)
     return [save(fig, Path(dir) / name) for name, fig in pictures.items()]
-
 
 def draw_panel(ax, look, insights, column):
     """A column of insights' rates against the rate; x: some of its runs diverged; a line joins the rest."""
@@ -346,7 +379,6 @@ def draw_panel(ax, look, insights, column):
                 ax.plot(x, value, "o", color=style["color"])
                 alive.append((x, value))
         ax.plot(*np.reshape(alive, (-1, 2)).T, color="#999999", linewidth=1, zorder=1)
-
 
 def draw_losses(runs, look, insights):
     """Final loss against rate, the interval of the optimum, and the two edges, of the setting to use."""
@@ -378,7 +410,6 @@ def draw_losses(runs, look, insights):
     legend(fig, runs, look)
     return fig
 
-
 def draw_details(runs, look, insights):
     """Six panels against the rate."""
     fig, axes = figure(16, 8.4, 2, 3)
@@ -388,7 +419,6 @@ def draw_details(runs, look, insights):
     axes[5].set_yticks(range(len(STATUSES)), STATUSES)
     legend(fig, runs, look)
     return fig
-
 
 def draw_table(insights):
     """The numbers of each rate."""
@@ -405,8 +435,7 @@ def draw_table(insights):
     table.set_fontsize(9)
     return fig
 
-
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 def main(argv):
@@ -428,7 +457,6 @@ def main(argv):
         problem = error
     print(f"plot.py: nothing drawn in {dir}: {problem}", file=sys.stderr)
     return 2
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -155,6 +155,8 @@ if __name__ == "__main__":
     import sys
     path = sys.argv[1] if len(sys.argv) > 1 else "schedules.png"
     try:
+        if not path:
+            raise ValueError("no name")
         draw(path)
     except (OSError, ValueError) as e:      # ValueError: a name whose ending is no picture's
         print(f"schedule.py: cannot write {path!r} ({e}); name a .png file", file=sys.stderr)

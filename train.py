@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before the imports, which take a second: Ctrl-C en
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import copy
 import csv
 import ctypes
 import hashlib
@@ -43,12 +44,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 import data
 import plot
 from model import PRESETS, ModelConfig, Transformer, count_parameters
-from optim import build_optimizer
+from optim import adamw_preconditioner, build_optimizer, stability_threshold, top_eigenvalue
 from schedule import SCHEDULES, make_schedule, rule_of_thumb
 
 # --------------------------------------------------------------------------------------------------
@@ -61,6 +63,7 @@ RECIPES = {
     "moe": dict(data="cosmopedia", optimizer="muon", lr=0.065, min_lr_ratio=0.05, batch_size=16,
                 max_steps=100, eval_tokens=32_768),
 }
+SHARPNESS_BATCH = 16    # sequences on which --sharpness measures; with --full-batch, all of them
 NOT_SETTINGS = ("out", "resume", "no_plot", "dry_run", "prepare", "sample")  # change no number
 CODE = ("model.py", "optim.py", "schedule.py", "data.py", "train.py")       # what a loss depends on
 
@@ -125,6 +128,7 @@ FLAGS = {   # flag: type or choices, default (None: the preset's), help
         "eval-interval": (AUTO, 0, "steps; 0: a tenth of the run"),
         "eval-tokens": (COUNT, None, "validation tokens, always the same"),
         "log-interval": (AUTO, 0, "steps; 0: a hundredth of the run"),
+        "sharpness": (AUTO, 0, "steps between measurements of the Hessian's top eigenvalue; 0: none"),
         "checkpoint-interval": (AUTO, 0, "steps; 0: a tenth of the run"),
         "out": (str, UNSET, "the run's folder; default: runs/single/PRESET-lrLR-sSEED"),
         "resume": (bool, False, "go on with the run in --out, if there is one"),
@@ -164,6 +168,8 @@ def parse_args(argv=None):
 
     args.compile = getattr(args, "compile", None)
     args.out = getattr(args, "out", None)
+    if args.out == "":
+        fail("--out '' is no folder; leave it out for a default one")
     args.eval_interval = args.eval_interval or max(1, args.max_steps // 10)
     args.log_interval = args.log_interval or max(1, args.max_steps // 100)
     args.checkpoint_interval = args.checkpoint_interval or max(1, args.max_steps // 10)
@@ -352,6 +358,49 @@ def evaluate(model, x, y, batch_size, device):
     model.train()
     return (total / y.numel()).tolist()
 
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
+    """
+    Top eigenvalue of the Hessian H of the cross-entropy of x, y (B, T), in float32; with AdamW also that of
+    P^-1/2 H P^-1/2. Changes only vectors {column: eigenvector}, where the next measurement starts. Returns
+    cells of metrics.csv.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    params = [p for group in groups for p in group["params"]]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")       # no TF32
+    model.eval()                                        # no dropout
+    plain = copy.copy(model)                            # with the same weights
+    plain.dtype = torch.float32
+    # forward() has second derivatives, HeadLoss none; of a GPU's attention kernels only MATH has.
+    with sdpa_kernel(SDPBackend.MATH):
+        _, loss = plain(x, y)
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+    slope = flat(grads)
+    gradient = slope.detach()
+
+    scales = {"sharpness": torch.ones_like(gradient)}
+    if args.optimizer == "adamw":
+        clip = ((args.grad_clip or math.inf) / gradient.norm()).clamp(max=1)
+        clipped = [g.detach() * clip for g in grads]
+        vs = [v for group in groups for v in group["vs"]]
+        P = adamw_preconditioner(clipped, vs, groups[0]["step"], groups[0]["betas"], groups[0]["eps"])
+        scales["preconditioned_sharpness"] = flat(P) ** -0.5
+
+    cells = {"stability_threshold": stability_threshold(args.optimizer, lr, args.momentum, args.beta1)}
+    for column, scale in scales.items():
+        def product(v):
+            return scale * flat(torch.autograd.grad(slope, params, scale * v, retain_graph=True))
+        # The gradient is mixed in to see a direction that has overtaken the last eigenvector.
+        start = scale * gradient
+        start = start / start.norm() + vectors.get(column, 0)
+        cells[column], vectors[column], cells["sharpness_tolerance"] = top_eigenvalue(product, start)
+    model.train()
+    torch.set_float32_matmul_precision(precision)
+    return cells
+
 # --------------------------------------------------------------------------------------------------
 # The folder of a run
 
@@ -482,12 +531,9 @@ def run(args, config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if not master:
             dist.barrier()
-    try:
-        corpus = data.load(args.data, config.vocab_size, n_tokens)
-        val_x, val_y = data.val_windows(corpus.val, config.context_length, args.eval_tokens)
-        data.get_batch(corpus.train, 1, config.context_length, args.seed, 0)    # is the text long enough?
-    except data.DataError as e:
-        fail(e)
+    corpus = data.load(args.data, config.vocab_size, n_tokens)
+    val_x, val_y = data.val_windows(corpus.val, config.context_length, args.eval_tokens)
+    data.get_batch(corpus.train, 1, config.context_length, args.seed, 0)    # is the text long enough?
     if world > 1 and master:
         dist.barrier()
     if args.prepare:
@@ -519,7 +565,7 @@ def run(args, config):
 
     # State: fresh, or the checkpoint's ---------------------------------------------------------
     state = dict(step=0, elapsed=0.0, history=[], running=None, best_val_loss=math.inf, val=None,
-                 max_grad_norm=torch.zeros((), device=device))
+                 max_grad_norm=torch.zeros((), device=device), eigenvectors={})
     if saved:
         model.load_state_dict(saved["model"])
         for optimizer, optimizer_state in zip(optimizers, saved["optimizers"]):
@@ -537,17 +583,16 @@ def run(args, config):
         shares = [f"share_L{i}_E{j}" for j in range(config.n_experts)]
         router_columns += [f"balance_loss_L{i}", f"router_entropy_L{i}", *shares]
     columns += router_columns
+    if args.sharpness:
+        columns += ["sharpness", "preconditioned_sharpness", "stability_threshold", "sharpness_tolerance"]
     counts = count_parameters(config)
     metrics_path = out / "metrics.csv"
     if master:
-        try:
-            owner = data.lock(out)
-        except data.DataError as e:
-            fail(e)
+        owner = data.lock(out)
         write_aside(metrics_path, (saved["metrics"] if saved else ",".join(columns) + "\r\n").encode())
         metrics_file = metrics_path.open("a", newline="", buffering=1)      # each row reaches the disk
         writer = csv.DictWriter(metrics_file, columns)
-        log_file = (out / "training.log").open("a", encoding="utf-8", buffering=1)
+        log_file = (out / "training.log").open("a", errors="backslashreplace", buffering=1)
         if saved and started:
             started["resumes"].append(dict(step=start, **provenance(device)))
         else:
@@ -556,6 +601,7 @@ def run(args, config):
                 dtype=str(dtype)[6:], devices=world, compile=backend, resumes=[], **provenance(device))
         write_json(out / "config.json", started)
         write_json(out / "summary.json", dict(status="running", steps=start, max_steps=args.max_steps))
+
     def say(line):
         if master:
             print(line, flush=True)
@@ -634,6 +680,17 @@ def run(args, config):
                 config=asdict(config), metrics=metrics_path.read_bytes().decode()))
         if last or stopped:
             break
+
+        # Measure the sharpness that this step meets, always on the same sequences.
+        if args.sharpness and step % args.sharpness == 0:
+            batch = data.get_batch(corpus.train, args.batch_size, config.context_length, args.seed, 0)
+            n = args.batch_size if args.full_batch else SHARPNESS_BATCH
+            x, y = (t[:n].to(device) for t in batch)
+            lr = args.lr * schedule(step)
+            cells = measure_sharpness(model, optimizers, x, y, args, lr, state["eigenvectors"])
+            if master:
+                elapsed = time.perf_counter() - began
+                writer.writerow(dict(cells, step=step, tokens=step * tokens_per_step, elapsed=elapsed))
         timed_from += time.perf_counter() - paused
 
         # Take a batch: this process's slice of it, in grad_accum pieces.
@@ -716,6 +773,10 @@ def main(argv=None):
     except BrokenPipeError:     # whoever read the lines has gone (| head): no traceback; --resume goes on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except data.DataError as e:
+        fail(e)
+    except (MemoryError, torch.OutOfMemoryError):
+        fail("out of memory; lower --batch-size, or raise --grad-accum")
     except OSError as e:        # a full disk, a folder that cannot be written
         fail(f"cannot use {e.filename or 'the disk'}: {e.strerror or e}; make room, or choose another --out")
 
