@@ -1,30 +1,22 @@
 """Read the folders of runs, name what their loss curves did, and draw them.
 
 A run is a folder with config.json, metrics.csv and summary.json (train.py writes it); a sweep is a folder of
-runs. A picture can be drawn again at any time, from whatever has arrived.
+runs. Both can be drawn again at any time, from whatever has arrived.
 
-    status      what the curve of training losses looks like; the thresholds are the block below
-    diverged    not finite; or it rose and stays up to its end; or it is back where it started; or, beside a
-                better run, it fell early and learned less than half as much: too high a rate to learn with
-    unstable    it jumped, or its smoothed curve rose, beyond the noise, and came back: the edge of stability
-    slow        it has learned nothing yet; or it falls as steadily as a straight line; or, beside a better
-                run, it ended well above it (too low a rate, or too high a one that survived)
+    diverged    not finite; or it rose and stays up; or it is back where it started; or, beside a better run,
+                it fell early and learned less than half as much: too high a rate to learn with
+    unstable    it jumped or rose beyond the noise, and came back: the edge of stability
+    slow        it learned nothing yet, or falls like a straight line, or ended well above a better run
     converged   none of these: it fell and flattened
 
-"Beyond the noise" needs sigma, the noise of the minibatches. Second differences of a smooth curve plus noise
-have the variance 6 sigma^2, and their median absolute value does not see the few spikes that we look for:
-
-    sigma = median |loss[i+1] - 2 loss[i] + loss[i-1]| / (0.6745 sqrt 6)
-
-Colours are viridis (even steps to the eye, safe for colour-blind readers, ordered in grey print) by the rank
-of the rate, so that a rate has one colour in every picture of a sweep.
+The noise of the minibatches is sigma = median |loss[i+1] - 2 loss[i] + loss[i-1]| / (0.6745 sqrt 6): second
+differences of a smooth curve plus noise have the variance 6 sigma^2, and a median does not see a few spikes.
+A rate has one colour in every picture of a sweep, by its rank in viridis: safe for colour-blind readers.
 
     python plot.py runs/tiny/lr0.003-s0   a run: loss_curves.png, lr_schedule.png, router.png for experts
     python plot.py runs/tiny              a sweep: starts python sweep.py --report, which draws and analyses
 """
-import array
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,9 +76,9 @@ def classify(losses, best=None):
     return "converged"
 
 def has_diverged(losses):
-    """Is it hopeless already? For stopping early: must not fire on a run that can still recover from a spike.
+    """For stopping early: is one not finite, or has half of them lain far above all before, and not fallen?
 
-    True when a loss is not finite, or when half of the losses lie far above all before and do not come down.
+    Must not fire on a run that can still recover from a spike.
     """
     losses = np.asarray(losses, float)
     if not np.isfinite(losses).all():
@@ -114,14 +106,9 @@ def read_json(path):
     return value if isinstance(value, dict) else None
 
 def read_metrics(path):
-    """metrics.csv -> train, val, hessian: {column: array} of rows of steps (they have an lr), of evaluations
-    and of measurements of the sharpness.
-
-    COLUMNS and HESSIAN are there, nan where the file has nothing; damaged and unfinished rows are left out.
-    Numbers go into one flat array of doubles: a million rows take 2 seconds.
-    """
+    """metrics.csv -> {column: array}; COLUMNS and HESSIAN are there, nan where the file has nothing."""
     head = []
-    table = array.array("d")
+    rows = []
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             head = file.readline().strip().split(",")
@@ -131,16 +118,23 @@ def read_metrics(path):
                 except ValueError:
                     continue
                 if len(row) == len(head) and line.endswith("\n"):
-                    table.extend(row)
+                    rows.append(row)
     except OSError:
         pass
-    rows = np.array(table).reshape(-1, max(1, len(head)))
-    columns = dict.fromkeys(COLUMNS + HESSIAN, np.full(len(rows), np.nan)) | dict(zip(head, rows.T))
-    kinds = [np.isfinite(columns[name]) for name in ("lr", "val_loss", "sharpness")]
-    return [{name: column[kind] for name, column in columns.items()} for kind in kinds]
+    found = dict(zip(head, np.reshape(rows, (-1, max(1, len(head)))).T))
+    metrics = dict.fromkeys(COLUMNS + HESSIAN, np.full(len(rows), np.nan)) | found
+
+    # AdamW: the sharpness as its preconditioner sees it.
+    preconditioned = metrics["preconditioned_sharpness"]
+    metrics["sharpness"] = np.where(np.isnan(preconditioned), metrics["sharpness"], preconditioned)
+    metrics["sharpness_ratio"] = metrics["sharpness"] / metrics["stability_threshold"]
+    return metrics
 
 def read_run(dir):
-    """{dir, name, config, args, lr, seed, summary, train, val, hessian}; None: no readable config.json."""
+    """{dir, name, config, args, lr, seed, summary, metrics, train, val}; None: no readable config.json.
+
+    train and val: the rows of metrics that are steps (they have an lr) and evaluations.
+    """
     dir = Path(dir)
     config = read_json(dir / "config.json") or {}
     try:
@@ -150,9 +144,11 @@ def read_run(dir):
         return None
     if not 0 < lr < np.inf:   # no place on a log axis
         return None
-    train, val, hessian = read_metrics(dir / "metrics.csv")
+    metrics = read_metrics(dir / "metrics.csv")
+    train, val = [{name: column[np.isfinite(metrics[key])] for name, column in metrics.items()}
+                  for key in ("lr", "val_loss")]
     return dict(dir=dir, name=dir.name, config=config, args=config["args"], lr=lr, seed=seed,
-                summary=read_json(dir / "summary.json") or {}, train=train, val=val, hessian=hessian)
+                summary=read_json(dir / "summary.json") or {}, metrics=metrics, train=train, val=val)
 
 def read_runs(dir):
     """All runs directly under dir, ordered by rate and seed."""
@@ -168,22 +164,21 @@ LABELS = {"train_loss": "training loss (nats a token)", "val_loss": "validation 
           "lr": "learning rate of the step", "grad_norm": "gradient norm before clipping",
           "val_accuracy": "next-token accuracy", "val_perplexity": "perplexity",
           "max_grad_norm": "largest gradient norm", "accuracy_per_minute": "accuracy a minute",
-          "status": "worst status of the seeds"}
-LOG = ("lr", "grad_norm", "max_grad_norm")
+          "status": "worst status of the seeds", "sharpness": "sharpness; dashed: stability threshold",
+          "sharpness_ratio": "sharpness / stability threshold"}
+LOG = ("lr", "grad_norm", "max_grad_norm", "sharpness", "sharpness_ratio")
 
 def rate(lr):
     """A rate as people write it: 3e-4, 2.1e-3, 0.065."""
     if 0.01 <= lr < 1000:
         return f"{lr:.3g}"
-    mantissa, exponent = f"{lr:.1e}".split("e")
+    mantissa, exponent = f"{lr:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
 def figure(width, height, rows=1, cols=1):
-    """A Figure (inches) on an Agg canvas, without pyplot's display and global state; its axes in order."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A Figure (inches), without pyplot's display and global state; its axes in order."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(fig)
     axes = fig.subplots(rows, cols, squeeze=False).flatten()
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -198,32 +193,35 @@ def save(fig, path):
 
 def points(run, column):
     """Steps and values of a column, averaged in blocks to at most 100: minibatch noise hides who is lower."""
-    part = "val" if column == "val_loss" else "train"
-    rows = np.stack([run[part]["step"], run[part][column]])
+    rows = np.stack([run["metrics"]["step"], run["metrics"][column]])
     rows = rows[:, np.isfinite(rows).all(axis=0)]
     block = 1 + rows.shape[1] // 100
     whole = rows.shape[1] // block * block
     return rows[:, :whole].reshape(2, -1, block).mean(axis=2)   # (2, points)
 
-def loss_axis(ax, losses):
-    """An upward axis for losses (nats), logarithmic in the distance from a little below the lowest.
+def log_axis(ax):
+    """A logarithmic upward axis, its ticks plain numbers at 1, 2, 5 x 10^k, and closer on a short one."""
+    ax.set_yscale("log", subs=[2, 5])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
 
-    It tells losses apart that end close together, and gives little room to the early fall that runs share.
-    """
+def loss_axis(ax, losses):
+    """An upward axis, logarithmic in the distance from a little below the lowest: tells close ends apart."""
     if not len(losses):
         return
+    lowest = min(losses)
     span = max(np.ptp(losses), 0.05)
-    floor = min(losses) - 0.1 * span
-    ticks = floor + span * np.array([0.1, 0.15, 0.22, 0.32, 0.48, 0.72, 1.1])
-    ax.set_yscale("function", functions=(lambda y: np.log(np.maximum(y - floor, 1e-6)),
-                                         lambda z: np.exp(z) + floor))
-    ax.set_ylim(floor + 0.08 * span, floor + 1.15 * span)
+    floor = max(0, lowest - 0.1 * span)
+    ticks = floor + np.geomspace(lowest - floor, lowest - floor + span, 7)
+    ax.set_yscale("function", functions=(lambda loss: np.log(np.maximum(loss - floor, 1e-6)),
+                                         lambda height: np.exp(height) + floor))
     ax.set_yticks(ticks, [f"{tick:.4g}" for tick in ticks])
+    ax.set_ylim(ticks[0] - 0.2 * (lowest - floor), ticks[-1] + 0.05 * span)
 
 def looks(runs):
-    """{(setting, lr): (x, style)}: colour tells the rate, the kind of line the setting.
+    """{(setting, lr): (x, style)}: colour tells the rate (if there is one: the setting), the line the setting.
 
-    x is the place on an axis of rates, settings side by side. With one rate, colour tells the settings.
+    x is the place on an axis of rates, settings side by side.
     """
     from matplotlib import colormaps
     settings = list(dict.fromkeys(run["setting"] for run in runs))
@@ -243,10 +241,13 @@ def legend(fig, runs, look):
     from matplotlib.lines import Line2D
     handles = []
     for setting, lr in sorted(look, key=lambda key: (key[0], -key[1])):
+        label = f"{rate(lr)} {setting}".strip()
         found = [run["status"] for run in runs if (run["setting"], run["lr"]) == (setting, lr)]
-        notes = [f"{found.count(status)} of {len(found)} {status}" for status in EDGE if status in found]
+        for status in EDGE:
+            if status in found:
+                label += f", {found.count(status)} of {len(found)} {status}"
         _, style = look[setting, lr]
-        handles.append(Line2D([], [], label=", ".join(filter(None, [rate(lr), setting, *notes])), **style))
+        handles.append(Line2D([], [], label=label, **style))
     columns = 1 + len(handles) // 28
     fig.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8, ncols=columns)
 
@@ -257,65 +258,28 @@ def draw_curves(runs, look, columns):
         curves = [(run, *points(run, column)) for run in runs]
         ax.set(xlabel="step", ylabel=LABELS[column])
         if column in LOG:
-            ax.set_yscale("log")
+            log_axis(ax)
         else:   # from the lowest to where they began
             alive = [values for run, _, values in curves if run["status"] != "diverged"]
             loss_axis(ax, [loss for values in alive for loss in np.minimum(values, values[:1])])
+        if column == "sharpness_ratio":
+            ax.axhline(1, color=COLOURS["unstable"])
+            ax.set_ylim(0.1, 10)
         for run, steps, values in curves:
             _, style = look[run["setting"], run["lr"]]
+            if column == "sharpness":
+                thresholds = points(run, "stability_threshold")
+                ax.plot(*thresholds, linewidth=1, color=style["color"], linestyle="--")
+                values = np.minimum(values, 10 * max(thresholds[1], default=np.inf))
             ax.plot(steps, values, linewidth=1.3, **style)
             if run["status"] == "diverged" and len(steps):   # an x where it ended, or left the axis
-                top = min(values[-1], ax.get_ylim()[1])
-                ax.plot(steps[-1], top, "x", color=style["color"], clip_on=False)
-    legend(fig, runs, look)
-    return fig
-
-def edge_of_stability(run):
-    """Steps, sharpness (AdamW: the preconditioned one) and the threshold above which a quadratic diverges."""
-    rows = run["hessian"]
-    preconditioned = rows["preconditioned_sharpness"]
-    sharpness = np.where(np.isfinite(preconditioned), preconditioned, rows["sharpness"])
-    return rows["step"], sharpness, rows["stability_threshold"]
-
-def draw_sharpness(runs, look):
-    """The sharpness (up to 10 times its threshold) against the step, thresholds dashed; the loss beneath."""
-    fig, [top, bottom] = figure(10, 8, 2)
-    top.set(yscale="log", ylabel="sharpness; dashed: threshold")
-    bottom.set(yscale="log", ylabel=LABELS["train_loss"], xlabel="step")
-    for run in runs:
-        _, style = look[run["setting"], run["lr"]]
-        steps, sharpness, threshold = edge_of_stability(run)
-        sharpness[sharpness > 10 * threshold] = np.nan
-        top.plot(steps, sharpness, linewidth=1.3, **style)
-        top.plot(steps, threshold, linewidth=1, color=style["color"], linestyle="--")
-        steps, losses = points(run, "train_loss")
-        bottom.plot(steps, np.minimum(losses, losses[:1]), linewidth=1.3, **style)
-    legend(fig, runs, look)
-    return fig
-
-def draw_edge(runs, look):
-    """What the second half of each run came to: sharpness in units of the threshold, and the loss."""
-    rates = sorted({run["lr"] for run in runs})
-    fig, [left, right] = figure(14, 5, 1, 2)
-    left.set(ylabel="sharpness / threshold (0.1 to 10): lowest, median, highest")
-    left.axhline(1, color=COLOURS["unstable"])
-    right.set(ylabel=LABELS["train_loss"])
-    for ax in (left, right):
-        ax.set(xscale="log", yscale="log", xlabel="peak learning rate (x: diverged)")
-        ax.set_xticks(rates, [rate(lr) for lr in rates])
-        ax.minorticks_off()
-    for run in runs:
-        x, style = look[run["setting"], run["lr"]]
-        marker = "x" if run["status"] == "diverged" else "o"
-        _, sharpness, threshold = edge_of_stability(run)
-        late = np.clip(sharpness / threshold, 0.1, 10)[len(sharpness) // 2:]
-        left.plot([x, x, x], np.quantile(late, [0, 0.5, 1]), "-" + marker, color=style["color"])
-        right.plot(x, run["train"]["train_loss"][-1], marker, color=style["color"])
+                end = np.clip(values[-1], *ax.get_ylim())
+                ax.plot(steps[-1], end, "x", color=style["color"], clip_on=False)
     legend(fig, runs, look)
     return fig
 
 # --------------------------------------------------------------------------------------------------
-# The pictures of a run
+# The pictures of a run and of a sweep
 
 def draw_run(dir):
     """In its folder: loss_curves.png, lr_schedule.png, router.png where there are experts. Returns paths."""
@@ -327,20 +291,17 @@ def draw_run(dir):
     look = looks([run])
     pictures = {"loss_curves.png": draw_curves([run], look, ["train_loss", "val_loss", "grad_norm"]),
                 "lr_schedule.png": draw_curves([run], look, ["lr"])}
-    if len(run["hessian"]["step"]):
-        pictures["sharpness.png"] = draw_sharpness([run], look)
+    if np.isfinite(run["metrics"]["sharpness"]).any():
+        pictures["sharpness.png"] = draw_curves([run], look, ["sharpness", "train_loss"])
     experts = [name for name in run["train"] if name.startswith("share_L")]   # share_L0_E0, share_L0_E1 ...
     if experts:
-        share = np.stack([points(run, name)[1] for name in experts])   # (layers * experts, points)
+        share = [points(run, name)[1] for name in experts]   # (layers * experts, points)
         fig, [ax] = figure(9, 1.5 + 0.16 * len(experts))
-        image = ax.imshow(share, vmin=0, aspect="auto", extent=(0, run["train"]["step"][-1], len(experts), 0))
+        image = ax.imshow(share, vmin=0, aspect="auto", extent=(0, run["train"]["step"][-1], len(share), 0))
         ax.set(xlabel="step", ylabel="expert, layer after layer")
         fig.colorbar(image, label="share of its layer's assignments")
         pictures["router.png"] = fig
     return [save(fig, run["dir"] / name) for name, fig in pictures.items()]
-
-# --------------------------------------------------------------------------------------------------
-# The pictures of a sweep
 
 def draw_sweep(dir, runs, insights):
     """All of them, from runs with status, loss and setting as sweep.analyse leaves them, and its insights."""
@@ -352,20 +313,20 @@ def draw_sweep(dir, runs, insights):
                 "detailed_comparison.png": draw_details(runs, look, insights),
                 "lr_schedules.png": draw_curves(runs, look, ["lr"]),
                 "summary_table.png": draw_table(insights)}
-    measured = [run for run in runs if len(run["hessian"]["step"]) and len(run["train"]["step"])]
+    measured = [run for run in runs if np.isfinite(run["metrics"]["sharpness"]).any()]
     if measured:
-        pictures["sharpness.png"] = draw_sharpness(measured, look)
-        pictures["edge_of_stability.png"] = draw_edge(measured, look)
+        pictures["sharpness.png"] = draw_curves(measured, look, ["sharpness", "train_loss"])
+        pictures["edge_of_stability.png"] = draw_curves(measured, look, ["sharpness_ratio", "train_loss"])
     return [save(fig, Path(dir) / name) for name, fig in pictures.items()]
 
 def draw_panel(ax, look, insights, column):
     """A column of insights' rates against the rate; x: some of its runs diverged; a line joins the rest."""
     rates = sorted({lr for _, lr in look})
-    ax.set(xscale="log", xlabel="peak learning rate", ylabel=LABELS[column])
+    ax.set(xscale="log", xlabel="peak learning rate (x: diverged)", ylabel=LABELS[column])
     ax.set_xticks(rates, [rate(lr) for lr in rates], rotation=90, fontsize=8)
     ax.minorticks_off()
     if column in LOG:
-        ax.set_yscale("log")
+        log_axis(ax)
     for setting in insights["settings"]:
         alive = []
         for row in setting["rates"]:
@@ -393,13 +354,10 @@ def draw_losses(runs, look, insights):
 
     use = insights["use"]
     if use:
-        left, right = ax.get_xlim()
-        ends = [f"{side} {rate(use[end])}" for side, end in (("above", "low"), ("below", "high")) if use[end]]
-        label = f"use {rate(use['lr'])} {use['setting']}"
-        ax.axvline(use["lr"], color=COLOURS["best"], zorder=0, label=label)
-        if ends:
-            ax.axvspan(use["low"] or left, use["high"] or right, color=COLOURS["best"], alpha=0.12, zorder=0,
-                       label="optimum " + " and ".join(ends))
+        blue = dict(color=COLOURS["best"], zorder=0)
+        ax.axvline(use["lr"], label=f"use {rate(use['lr'])} {use['setting']}", **blue)
+        left, right = ax.get_xlim()     # where the optimum may lie outside the tried rates
+        ax.axvspan(use["low"] or left, use["high"] or right, alpha=0.12, label="holds the optimum", **blue)
         edges = {setting["label"]: setting["edge"] or {} for setting in insights["settings"]}
         for status, line in zip(EDGE, (":", "--")):
             first = edges[use["setting"]].get(status)
@@ -448,7 +406,7 @@ def main(argv):
         if paths:
             print(*paths, sep="\n")
             return 0
-        if (dir / "sweep.json").exists() or read_runs(dir):
+        if read_runs(dir):
             print(f"a sweep's folder: python sweep.py --report {dir} analyses and draws it", flush=True)
             command = [sys.executable, str(Path(__file__).with_name("sweep.py")), "--report", str(dir)]
             return subprocess.run(command).returncode

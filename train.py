@@ -438,7 +438,7 @@ def read_checkpoint(path, device):
                 raise ValueError("wrong checksum")
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:      # torch, pickle and zipfile raise a dozen kinds for a damaged file
-        print(f"{path} is damaged ({type(e).__name__}): starting from step 0", file=sys.stderr)
+        print(f"{path} is damaged ({type(e).__name__}) and is not used", file=sys.stderr)
         return None
 
 def provenance(device):
@@ -446,7 +446,7 @@ def provenance(device):
     folder = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip() or None
     except OSError:     # no git here
         commit = None
     name = f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
@@ -515,12 +515,15 @@ def run(args, config):
     out = choose_folder(args)
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
     started, saved = {}, None
+    metrics_path = out / "metrics.csv"
     if args.resume:
         started = plot.read_json(out / "config.json") or {}
         saved = read_checkpoint(out / "checkpoints/last.pt", device)
         check_same(out, started.get("args") or (saved or {}).get("settings"), settings, "--")
         status = (plot.read_json(out / "summary.json") or {}).get("status")
-        if status in plot.STATUSES and started and (out / "metrics.csv").exists():
+        rows = metrics_path.read_bytes() if metrics_path.exists() else b""
+        whole = rows == saved["metrics"].encode() if saved else rows
+        if status in plot.STATUSES and started and whole:
             print(f"{out} is already finished")
             return 0
 
@@ -586,7 +589,6 @@ def run(args, config):
     if args.sharpness:
         columns += ["sharpness", "preconditioned_sharpness", "stability_threshold", "sharpness_tolerance"]
     counts = count_parameters(config)
-    metrics_path = out / "metrics.csv"
     if master:
         owner = data.lock(out)
         write_aside(metrics_path, (saved["metrics"] if saved else ",".join(columns) + "\r\n").encode())

@@ -12,7 +12,6 @@ import argparse
 import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -77,6 +76,7 @@ def setup():
 
 
 def report(name, ms, tokens=0, flops=0, rate=1):
+    """A line of the output."""
     line = f"{name:<56}{ms:>11,.2f} ms"
     if tokens:
         speed = tokens / ms * 1e3
@@ -170,7 +170,7 @@ def bench_train(flags):
     device, _, rate = setup()
     variants = [("plain: float32, torch.optim, not compiled", plain_step, {}), ("here", our_step, {})]
     if flags.preset == "moe":
-        variants += [("here, 16 experts", our_step, {"n_experts": 16}), ("here, 32 experts", our_step, {"n_experts": 32})]
+        variants += [(f"here, {n} experts", our_step, {"n_experts": n}) for n in (16, 32)]
     for batch_size in flags.batch_size or [16 if flags.preset == "moe" else 32]:
         for name, make, changes in variants[flags.no_plain:]:
             repeats, inner = (5, 20) if device.type == "cuda" else (3, 1)
@@ -208,14 +208,16 @@ def bench_parts(flags):
 
     if config.n_experts:
         stack = torch.cat([block.feed_forward.up.detach() for block in model.blocks]).to(dtype)
-        report(f"Newton-Schulz of {len(stack)} matrices, one at a time", median_ms(lambda: list(map(newton_schulz, stack)), 3))
+        one_by_one = median_ms(lambda: [newton_schulz(matrix) for matrix in stack], 3)
+        report(f"Newton-Schulz of {len(stack)} matrices, one at a time", one_by_one)
         report("  as a stack", median_ms(lambda: newton_schulz(stack), 3))
 
     params = list(model.parameters())
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
     ours = build_optimizer(model, args.optimizer, 1e-3)
-    report(f"optimizer step, {args.optimizer}, here, not compiled", median_ms(lambda: [o.step() for o in ours], 3))
+    ours_ms = median_ms(lambda: [optimizer.step() for optimizer in ours], 3)
+    report(f"optimizer step, {args.optimizer}, here, not compiled", ours_ms)
     report("  AdamW on all, here", median_ms(AdamW(params).step, 3))
     report("  torch.optim.AdamW(fused=True) on all", median_ms(torch.optim.AdamW(params, fused=True).step, 3))
 
@@ -227,19 +229,55 @@ def bench_start(flags):
     flags = parser.parse_args(flags)
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
-        command = [sys.executable, str(ROOT / "train.py"), "--preset", flags.preset, "--data", "stdlib", "--max-steps",
-                   "10", "--log-interval", "1", "--no-plot", "--no-progress", "--sample", "0"]
-        subprocess.run([*command, "--prepare"], check=True)
+        program = [sys.executable, str(ROOT / "train.py"), "--preset", flags.preset, "--data", "stdlib"]
+        program += ["--max-steps", "10", "--log-interval", "1", "--no-plot", "--sample", "0"]
+        subprocess.run([*program, "--prepare"], check=True)
         for caches in ("cold", "warm"):
             start = time.perf_counter()
-            process = subprocess.Popen([*command, "--out", f"{folder}/{caches}"], stdout=subprocess.PIPE, env=env, text=True)
+            command = [*program, "--out", f"{folder}/{caches}"]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True)
             while not process.stdout.readline().startswith("step 1/"):
                 assert process.poll() is None, "the run failed"
-            report(f"{flags.preset}: to the end of the first step, {caches} caches", (time.perf_counter() - start) * 1e3)
+            ms = (time.perf_counter() - start) * 1e3
+            report(f"{flags.preset}: to the end of the first step, {caches} caches", ms)
             process.communicate()
 
 
-BENCHES = {"train": bench_train, "parts": bench_parts, "start": bench_start}
+def bench_data(flags):
+    """BPE training and encoding in one process, beside the `tokenizers` library (pip install tokenizers)."""
+    parser = argparse.ArgumentParser(prog="bench.py data")
+    parser.add_argument("--mb", type=float, default=10)
+    parser.add_argument("--vocab-size", type=int, default=10_000)
+    flags = parser.parse_args(flags)
+    texts, size = [], 0
+    for path in sorted(Path(os.__file__).parent.rglob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if size < flags.mb * 1e6:
+            texts.append(text)
+            size += len(text)
+    start = time.perf_counter()
+    ours = data.train_bpe(data.count(texts), flags.vocab_size)
+    trained = time.perf_counter()
+    ids = [ours.encode(text) for text in texts]
+    report(f"{size / 1e6:.0f} MB, BPE here", (trained - start) * 1e3)
+    report("  encoding", (time.perf_counter() - trained) * 1e3)
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    start = time.perf_counter()
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    theirs.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=flags.vocab_size, min_frequency=2, special_tokens=[data.EOT], initial_alphabet=alphabet,
+        show_progress=False))
+    trained = time.perf_counter()
+    expected = [encoding.ids for encoding in theirs.encode_batch(texts)]
+    report("BPE in `tokenizers`, all cores", (trained - start) * 1e3)
+    report("  encoding", (time.perf_counter() - trained) * 1e3)
+    print("the same ids:", ids == expected)
+
+
+BENCHES = {"train": bench_train, "parts": bench_parts, "start": bench_start, "data": bench_data}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:

@@ -26,6 +26,7 @@ p.add_argument("--out", type=Path)
 p.add_argument("--max-steps", type=int, default=40)
 p.add_argument("--schedule", default="cosine", choices=["cosine", "linear", "constant"])
 p.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
+p.add_argument("--weight-decay", type=float, default=0.1)
 p.add_argument("--warmup-ratio", type=float, default=0.1)
 p.add_argument("--min-lr-ratio", type=float, default=0.1)
 for flag in ("resume", "no-plot", "no-progress", "dry-run", "prepare"):
@@ -77,6 +78,7 @@ end = 2.6 + 0.125 * (math.exp(-0.5 * u) / 0.5 + math.exp(min(9, 0.9 * u)) / 0.9)
 end += 0.05 * (args.schedule == "constant")
 end += random.Random(args.seed).gauss(0, 0.03)
 end += random.Random(f"{args.lr:g} {args.seed} {args.schedule} {args.warmup_ratio}").gauss(0, 0.006)
+end = min(end, 7.4)
 wild = u > math.log(15)
 dead = u > math.log(40)
 
@@ -91,7 +93,8 @@ with open(path, "w") as file:
     file.write(head)
     for step in range(1, args.max_steps + 1):
         t = step / args.max_steps
-        loss = 7.6 * (1 - t) ** 4 + min(end, 7.4) * (1 - (1 - t) ** 4) + wiggle.gauss(0, 0.03)
+        ahead = (1 - t) ** (4 if u > -2 else 1)     # too low a rate falls like a straight line
+        loss = 7.6 * ahead + end * (1 - ahead) + wiggle.gauss(0, 0.03)
         if wild:
             loss += 3 * math.exp(-((t - 0.3) / 0.06) ** 2)
         if dead:

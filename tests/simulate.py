@@ -1,6 +1,6 @@
 """How often is the analysis of a sweep right? Simulated sweeps with a known optimum, run by hand:
 
-    python tests/simulate.py             a line a cell: 150 sweeps each at 2, 3 and 5 seeds; five minutes
+    python tests/simulate.py             a line for 150 sweeps, at 2, 3 and 5 seeds; five minutes
     python tests/simulate.py settings    how often equal settings are called different, and unequal ones found
 
 A law gives each run its loss: a shape over u = log(rate / optimum), the luck of its seed (30 mnat) and its
@@ -33,7 +33,11 @@ SHAPES = {
     "exponential": lambda u: 0.25 * (math.exp(-0.5 * u) / 0.5 + math.exp(1.2 * u) / 1.2 - 1 / 0.5 - 1 / 1.2),
     "second minimum": lambda u: min(0.1 * u ** 2, 0.02 + 0.3 * (u - 1.6) ** 2),
     "second far": lambda u: min(0.1 * u ** 2, 0.015 + 0.1 * (u - 2.5) ** 2),
+    "kink": lambda u: 0.1 * abs(u),
+    "kink, steep above": lambda u: max(-0.05 * u, u),
+    "narrow well": lambda u: 0.02 * abs(u) + 0.15 * (1 - math.exp(-(u / 0.3) ** 2)),
 }
+HARD = ("kink", "kink, steep above", "narrow well")     # too narrow for the grid: the regret is larger
 CELLS = {name: dict(shape=name) for name in SHAPES} | {
     "noise grows": dict(shape="exponential", grows=3),
     "student-t": dict(shape="parabola", student=True),
@@ -69,12 +73,17 @@ def law(trial, sigma, shape, grows=0, student=False, slopes=0, edge=None, lrs=GR
         return SHAPES[shape](math.log(lr / optimum) + u0) - y0
 
     def loss(setting, lr, seed):
-        factor, above = dict(setting).get("optimum", (1, 0))
+        known = dict(setting)
+        factor, above = known.get("optimum", (1, 0))
         u = math.log(lr / optimum / factor)
-        own = np.random.default_rng([trial, seed, int(abs(math.log(lr)) * 1e6), dict(setting).get("id", 0)])
-        if u > 3.4 or (edge and own.random() < 1 / (1 + math.exp(-(u - edge) / 0.35))):
+        own = np.random.default_rng([trial, seed, int(abs(math.log(lr)) * 1e6), known.get("id", 0)])
+        if u > 3.4:
             return math.inf
-        noise = own.standard_t(3) / math.sqrt(3) if student else own.normal()
+        if edge and own.random() < 1 / (1 + math.exp(-(u - edge) / 0.35)):
+            return math.inf
+        noise = own.normal()
+        if student:
+            noise = own.standard_t(3) / math.sqrt(3)
         noise *= sigma * (1 + grows / (1 + math.exp(-2 * (u - 1))))
         return 3 + above + regret(lr / factor) + luck[seed] + slope[seed] * u + noise
     return loss, optimum, regret
@@ -82,17 +91,14 @@ def law(trial, sigma, shape, grows=0, student=False, slopes=0, edge=None, lrs=GR
 
 def search(loss, settings=((),), lrs=GRID, seeds=3, refine=0, max_runs=500, widen=True):
     """Runs a whole search against a law. Returns {setting: table}, all results, and why it ended."""
-    plan = argparse.Namespace(settings=settings, lrs=lrs, seeds=seeds, refine=refine, max_runs=max_runs,
-                              widen=widen, schedules=[])
+    plan = argparse.Namespace(settings=settings, lrs=lrs, seeds=seeds, refine=refine,
+                              max_runs=max_runs, widen=widen, margin=0.01)
     results = {}
     ended = None
     while not ended:
         keys, ended = sweep.next_runs(results, plan)
         results.update({key: loss(*key) for key in keys})
-    tables = {}
-    for (setting, lr, seed), value in results.items():
-        tables.setdefault(setting, {}).setdefault(lr, {})[seed] = value
-    return tables, results, ended
+    return sweep.tables_of(results), results, ended
 
 
 def cell(name, sigma, seeds, trials):
@@ -103,8 +109,12 @@ def cell(name, sigma, seeds, trials):
         tables, results, _ = search(loss, lrs=CELLS[name].get("lrs", GRID), seeds=seeds)
         best = sweep.best_rate(tables[()])
         low, high = sweep.compare_rates(tables[()], best)[-2:]
-        holds = (low or 0) <= optimum <= (high or math.inf)
-        width = high / low if low and high else math.inf
+        low = low or 0
+        high = high or math.inf
+        holds = low <= optimum <= high
+        width = math.inf
+        if low:
+            width = high / low
         found.append((holds, width, math.isinf(width), regret(best), len(results)))
     holds, width, unbounded, regret, runs = zip(*found)
     return np.mean(holds), np.median(width), np.mean(unbounded), np.median(regret), np.mean(runs)
@@ -116,14 +126,23 @@ def claims(shape, sigma, seeds, factors, above, trials):
     for trial in range(trials):
         loss, _, _ = law(trial, sigma, shape)
         worse = [0] * (len(factors) - 1) + [above]
-        settings = [(("optimum", pair), ("id", i)) for i, pair in enumerate(zip(factors, worse))]
+        settings = []
+        for i, pair in enumerate(zip(factors, worse)):
+            settings.append((("optimum", pair), ("id", i)))
         tables = search(loss, settings, seeds=seeds)[0]
         count += any(c["verdict"] == "shown" for c in sweep.compare_settings(tables, 0.01)[1])
     return count / trials
 
 
-STUDIES = [([1, 1], 0), ([1, 1.8], 0), ([1, 2], 0), ([1] * 5, 0), ([1, 1.2, 1.4, 1.7, 2], 0), ([1, 1], 3),
-           ([1, 1.8], 3)]
+STUDIES = [     # factors between the optima, and by how many sigma the last setting is worse
+    ([1, 1], 0),
+    ([1, 1.8], 0),
+    ([1, 2], 0),
+    ([1] * 5, 0),
+    ([1, 1.2, 1.4, 1.7, 2], 0),
+    ([1, 1], 3),
+    ([1, 1.8], 3),
+]
 SIGMAS = (0.003, 0.01, 0.05)
 
 
@@ -134,8 +153,12 @@ def print_claims():
             line = f"{shape:12} optima {str(factors):26} last {above} sigma worse:"
             for sigma in SIGMAS:
                 for seeds in (2, 3, 5):
-                    line += f"{100 * claims(shape, sigma, seeds, factors, above * sigma, 150):4.0f}"
+                    found = claims(shape, sigma, seeds, factors, above * sigma, 150)
+                    line += f"{100 * found:4.0f}"
             print(line, flush=True)
+
+
+LINE = "{:18} {:3.0f} mnat, {} seeds: holds {:3.0f} width {:5.1f} open {:2.0f} regret {:4.1f} runs {:4.1f}"
 
 
 def main(argv):
@@ -143,12 +166,9 @@ def main(argv):
         return print_claims()
     for name in argv or CELLS:
         for sigma in SIGMAS:
-            line = f"{name:18} {1000 * sigma:3.0f} mnat"
             for seeds in (2, 3, 5):
-                holds, width, unbounded, regret, runs = cell(name, sigma, seeds, 150)
-                line += f" | {seeds} seeds: holds {100 * holds:3.0f} width {width:5.1f}"
-                line += f" open {100 * unbounded:2.0f} regret {1000 * regret:4.1f} runs {runs:4.1f}"
-            print(line, flush=True)
+                found = cell(name, sigma, seeds, 150) * np.array([100, 1, 100, 1000, 1])
+                print(LINE.format(name, 1000 * sigma, seeds, *found), flush=True)
 
 
 if __name__ == "__main__":

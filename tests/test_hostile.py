@@ -1,5 +1,6 @@
-"""Input that nobody should give: each line of the table is refused in one line with status 2, or simply works."""
+"""Input that nobody should give: each line of a table is refused in one line with status 2."""
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,15 +14,16 @@ import train
 
 ROOT = Path(train.__file__).parent
 HUGE = "1" + 30 * "0"
-TINY = ("--data text.txt --vocab-size 300 --d-model 16 --n-layers 1 --n-heads 2 --d-ff 16 --context-length 8 --batch-size 2 "
-        "--max-steps 2 --eval-tokens 16 --device cpu --no-plot --sample 0 --out run").split()
+TINY = ("--data text.txt --vocab-size 300 --d-model 16 --n-layers 1 --n-heads 2 --d-ff 16 --context-length 8 "
+        "--batch-size 2 --max-steps 2 --eval-tokens 16 --device cpu --no-plot --sample 0 --out run").split()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
     path, before = tmp_path_factory.mktemp("hostile"), os.getcwd()
     os.chdir(path)
-    Path("text.txt").write_text("\n\n".join(f"The {i} cats sat on the {i * 7 % 31} mats." for i in range(300)))
+    documents = [f"The {i} cats sat on the {i * 7 % 31} mats." for i in range(300)]
+    Path("text.txt").write_text("\n\n".join(documents))
     Path("empty.txt").write_text("")
     Path("binary.bin").write_bytes(bytes(range(256)) * 20)
     Path("latin.txt").write_bytes("Übermut tut selten gut. ".encode("latin-1") * 99)
@@ -33,39 +35,82 @@ def folder(tmp_path_factory):
     os.chdir(before)
 
 
-def refused(main, argv, word, capsys):
-    """One line on stderr that names what was wrong, status 2, and no folder of a run."""
+def refused(main, argv, line, capsys):
+    """argv and the flags in a line of a table: one line on stderr with its last word, status 2, no folder."""
+    line = line.replace("HUGE", HUGE).replace("X300", 300 * "x")
+    *flags, word = shlex.split(line)
     capsys.readouterr()
     shutil.rmtree("run", ignore_errors=True)
     shutil.rmtree("runs", ignore_errors=True)
     with pytest.raises(SystemExit) as e:
-        raise SystemExit(main(argv))
+        raise SystemExit(main([*argv, *flags]))
     lines = capsys.readouterr().err.strip().splitlines()
     assert e.value.code == 2 and len(lines) == 1 and word in lines[0] and len(lines[0]) < 500, lines
     assert not Path("run").exists() and not Path("runs").exists()
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--batch-size", "1000000000"], "GiB"), (["--d-model", "10000000"], "GiB"), (["--n-experts", "100000000"], "GiB"),
-    (["--n-layers", "1000000"], "GiB"), (["--d-ff", "1000000000"], "GiB"), (["--context-length", "1000000000"], "GiB"),
-    (["--batch-size", HUGE], "batch-size"), (["--max-steps", HUGE], "max-steps"), (["--seed", HUGE], "seed"),
-    (["--seed", "-1"], "seed"), (["--eval-tokens", HUGE], "eval-tokens"), (["--n-layers", "0"], "n-layers"),
-    (["--n-layers", "-3"], "n-layers"), (["--n-layers", "1.5"], "n-layers"), (["--n-layers", ""], "n-layers"),
-    (["--lr", "1e300"], "lr"), (["--lr", "-inf"], "lr"), (["--lr", ""], "lr"), (["--grad-clip", "nan"], "grad-clip"),
-    (["--grad-clip", "1e300"], "grad-clip"), (["--weight-decay", "-1"], "weight-decay"), (["--beta1", "1"], "beta1"),
-    (["--beta2", "nan"], "beta2"), (["--momentum", "-0.1"], "momentum"), (["--dropout", "1"], "dropout"),
-    (["--warmup-ratio", "nan"], "warmup-ratio"), (["--min-lr-ratio", "1.1"], "min-lr-ratio"),
-    (["--vocab-size", "0"], "vocab-size"), (["--vocab-size", "256"], "257"), (["--vocab-size", HUGE], "vocab-size"),
-    (["--device", "cpu:99"], "cpu:99"), (["--device", ""], "device"), (["--device", "cuda:x"], "cuda:x"),
-    (["--data", ""], "corpus"), (["--data", "loop"], "loop"), (["--data", "nothing"], "nothing"), (["--data", "fifo"], "fifo"),
-    (["--data", "latin.txt"], "latin.txt"), (["--data", "binary.bin"], "binary.bin"), (["--data", "empty.txt"], "empty.txt"),
-    (["--data", "/dev/null"], "/dev/null"), (["--data", "/proc/self/mem"], "/proc/self/mem"), (["--data", "x" * 300], "xxx"),
-    (["--out", ""], "--out"), (["--out", "/proc/run"], "/proc"), (["--out", "loop/run"], "loop"),
-    (["--out", "x" * 300], "xxx"), (["--out", "text.txt"], "text.txt"), (["--out", "text.txt/run"], "text.txt"),
-    (["--preset", ""], "preset"), (["--schedule", "Cosine"], "Cosine"), (["--lr=1e-3", "more"], "more"),
-    (["--context-length", "100000"], "context-length"), (["--top-k", "0"], "top-k"), (["--d-model", "17"], "d_model")])
-def test_train(flags, word, capsys):
-    refused(train.main, [*TINY, *flags], word, capsys)
+TRAIN = """
+--batch-size 1000000000            GiB
+--d-model 10000000                 GiB
+--n-experts 100000000              GiB
+--n-layers 1000000                 GiB
+--d-ff 1000000000                  GiB
+--context-length 1000000000        GiB
+--batch-size HUGE                  batch-size
+--max-steps HUGE                   max-steps
+--seed HUGE                        seed
+--seed -1                          seed
+--eval-tokens HUGE                 eval-tokens
+--n-layers 0                       n-layers
+--n-layers -3                      n-layers
+--n-layers 1.5                     n-layers
+--n-layers ''                      n-layers
+--lr 1e300                         lr
+--lr -inf                          lr
+--lr ''                            lr
+--grad-clip nan                    grad-clip
+--grad-clip 1e300                  grad-clip
+--weight-decay -1                  weight-decay
+--beta1 1                          beta1
+--beta2 nan                        beta2
+--momentum -0.1                    momentum
+--dropout 1                        dropout
+--warmup-ratio nan                 warmup-ratio
+--min-lr-ratio 1.1                 min-lr-ratio
+--vocab-size 0                     vocab-size
+--vocab-size 256                   257
+--vocab-size HUGE                  vocab-size
+--device cpu:99                    cpu:99
+--device ''                        device
+--device cuda:x                    cuda:x
+--data ''                          corpus
+--data loop                        loop
+--data nothing                     nothing
+--data fifo                        fifo
+--data latin.txt                   latin.txt
+--data binary.bin                  binary.bin
+--data empty.txt                   empty.txt
+--data /dev/null                   /dev/null
+--data /proc/self/mem              /proc/self/mem
+--data X300                        xxx
+--out ''                           --out
+--out /proc/run                    /proc
+--out loop/run                     loop
+--out X300                         xxx
+--out text.txt                     text.txt
+--out text.txt/run                 text.txt
+--preset ''                        preset
+--schedule Cosine                  Cosine
+--lr=1e-3 more                     more
+--context-length 100000            context-length
+--top-k 0                          top-k
+--d-model 17                       d_model
+"""
+
+
+@pytest.mark.parametrize("line", TRAIN.strip().splitlines())
+def test_train(line, capsys):
+    refused(train.main, TINY, line, capsys)
 
 
 @pytest.mark.parametrize("rank, world, local", [
@@ -78,23 +123,54 @@ def test_torchruns_variables(rank, world, local, capsys, monkeypatch):
     refused(train.main, TINY, "torchrun", capsys)
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--tokens", "nan"], "--tokens"), (["--tokens", "-1"], "--tokens"), (["--tokens", "1e300"], "--tokens"),
-    (["--vocab-size", "0"], "257"), (["--vocab-size", HUGE], "vocabulary"), (["nowhere"], "nowhere"), (["fifo"], "fifo"),
-    (["latin.txt"], "latin.txt"), (["text.txt", "--cache", "/proc/data"], "/proc"), (["text.txt", "more"], "more"),
-    (["text.txt", "--cache", "text.txt"], "text.txt")])
-def test_data(flags, word, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data.py", *flags])
-    refused(lambda argv: data.main(), [], word, capsys)
+DATA = """
+--tokens nan                       --tokens
+--tokens -1                        --tokens
+--tokens 1e300                     --tokens
+--vocab-size 0                     257
+--vocab-size HUGE                  vocabulary
+nowhere                            nowhere
+fifo                               fifo
+latin.txt                          latin.txt
+text.txt --cache /proc/data        /proc
+text.txt more                      more
+text.txt --cache text.txt          text.txt
+"""
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--name", "../x"], "../x"), (["--name", "a/b"], "a/b"), (["--name", ""], "name"), (["--seeds", HUGE], "seeds"),
-    (["--lrs", "1e300"], "1e300"), (["--lrs", ""], "lrs"), (["--jobs", "-1"], "jobs"), (["--max-runs", "nan"], "max-runs"),
-    (["--dry-run", "--data", "x\nrm -rf ~"], "control"), (["--vary", "="], "--vary"), (["--report", "nowhere"], "nowhere"),
-    (["--margin", "nan"], "margin"), (["--refine", "-1"], "refine")])
-def test_sweep(flags, word, capsys):
-    refused(sweep.main, flags, word, capsys)
+@pytest.mark.parametrize("line", DATA.strip().splitlines())
+def test_data(line, capsys, monkeypatch):
+    def main(argv):
+        monkeypatch.setattr(sys, "argv", ["data.py", *argv])
+        data.main()
+    refused(main, [], line, capsys)
+
+
+SWEEP = """
+--name ../x                        ../x
+--name a/b                         a/b
+--name ''                          name
+--seeds HUGE                       seeds
+--lrs 1e300                        1e300
+--lrs ''                           lrs
+--jobs -1                          jobs
+--max-runs nan                     max-runs
+--vary =                           --vary
+--report nowhere                   nowhere
+--margin nan                       margin
+--refine -1                        refine
+"""
+
+
+@pytest.mark.parametrize("line", SWEEP.strip().splitlines())
+def test_sweep(line, capsys):
+    refused(sweep.main, [], line, capsys)
+
+
+def test_a_command_that_would_take_two_lines(capsys):
+    with pytest.raises(SystemExit) as e:
+        sweep.main(["--dry-run", "--data", "x\nrm -rf ~"])
+    assert e.value.code == 2 and "control" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["", "nowhere/x.png", "x.tiff2", "/proc/x.png"])
@@ -117,7 +193,8 @@ def test_a_closed_or_full_stdout_and_a_locale_without_unicode():
         assert full.returncode == 2 and len(full.stderr.splitlines()) == 1
     Path("naïve ✓.txt").write_text(Path("text.txt").read_text() + " ✓" * 99)
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = start("train.py", *TINY, "--data", "naïve ✓.txt", "--out", "unicode", "--sample", "9", env=env, capture_output=True)
+    flags = [*TINY, "--data", "naïve ✓.txt", "--out", "unicode", "--sample", "9"]
+    done = start("train.py", *flags, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr
 
 
