@@ -1,28 +1,21 @@
-"""
-AdamW, Muon and plain gradient descent, from scratch.
+"""AdamW, Muon and plain gradient descent, from scratch.
 
 AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019) divides each weight's averaged gradient by its own typical
-size:
+size, so that lr is roughly the distance that each single weight moves a step (^: divided by 1 - b^t):
 
     m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      w = w - lr (m^ / (sqrt(v^) + eps) + decay w)
 
-so lr is roughly the distance that each single weight moves a step. ^ divides by 1 - b^t, as m and v start at
-zero.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the averaged gradient U S V' of
+a matrix by U V', every singular value 1: the few directions that dominate a gradient no longer drown the
+others, and lr is the distance that the matrix moves in every direction. It is for matrices between hidden
+states only; embeddings, the head and norms stay with AdamW.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) treats a matrix as a matrix: it replaces
-the averaged gradient U S V' by U V', every singular value 1. The few directions that dominate a gradient no
-longer drown the others, and lr is the distance that the matrix moves in every direction. It is for matrices
-between hidden states only; embeddings, the head and norms stay with AdamW. U V' comes from five rounds of
-three matrix products (Newton-Schulz) in place of an SVD.
-
-Each method is a pure function on lists of tensors (adamw_update, muon_update, sgd_update); the classes around
-them only keep state. lr and scale are 0-dim tensors on the weights' device, so that a compiled step or a CUDA
-graph sees them change. scale multiplies the gradients: that is how train.py clips. A scale of 0 leaves the
-weights as they are, whatever the gradients: that is how it refuses a step whose gradients are not finite.
+Each method is a pure function on lists of tensors; the classes around them only keep state. lr and scale are
+0-dim tensors on the weights' device, so that a compiled step or a CUDA graph sees them change. scale is a
+factor on the gradients, for clipping; at 0 the weights stay as they are, whatever the gradients.
 
     python optim.py        # singular values of a random gradient before and after Newton-Schulz
 """
-
 import math
 
 import torch
@@ -60,14 +53,11 @@ def sgd_update(params, grads, velocities, scale, lr, momentum, weight_decay):
         p.mul_(1 - lr * weight_decay).sub_(lr * u)
 
 def newton_schulz(G, steps=5):
-    """
-    Approximate U V' of each matrix of G = U S V' (..., rows, cols), in G's dtype (bfloat16 or wider; never
-    float16).
+    """Approximate U V' of each matrix of G = U S V' (..., rows, cols), in G's dtype (never float16).
 
     From X = G / |G|, X <- (a I + b X X' + c (X X')^2) X applies p(s) = a s + b s^3 + c s^5 to every singular
     value. These coefficients (Jordan et al.) rise fastest at 0, at the price of not settling: five steps
-    bring singular values from [0.01, 1] into about [0.7, 1.2], which trains as well as exactly 1. A zero
-    matrix stays zero.
+    bring [0.01, 1] into about [0.7, 1.2], which trains as well as exactly 1. A zero matrix stays zero.
     """
     assert G.ndim >= 2 and G.dtype != torch.float16
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -91,12 +81,11 @@ def muon_update(params, grads, momenta, scale, lr, momentum, weight_decay, ns_st
         ahead = g.lerp(m, momentum).to(dtype)
         by_shape.setdefault(p.shape[-2:], []).append((p, ahead))
     for (rows, cols), group in by_shape.items():
-        # Matrices of one shape are one stack and one call: on a GPU 30 times faster than one matrix at a
-        # time.
+        # One stack and one call: on a GPU 30 times faster than one matrix at a time.
         stack = torch.cat([ahead.reshape(-1, rows, cols) for _, ahead in group])
         stack = orthogonalize(stack, ns_steps)
-        # A rows x cols matrix with unit singular values has entries of about 1/sqrt(max(rows, cols)); a tall
-        # one gets back the factor that makes its outputs change as much as a square one's (Jordan et al.).
+        # Entries are about 1/sqrt(max(rows, cols)): a tall matrix gets back the factor that makes its outputs
+        # change as much as a square one's (Jordan et al.).
         stretch = max(1, rows / cols) ** 0.5
         first = 0
         for p, ahead in group:
@@ -109,29 +98,24 @@ def orthogonalize(stack, ns_steps):
     """newton_schulz of a stack (n, rows, cols), each process of a torchrun doing a share of the matrices."""
     if not (dist.is_available() and dist.is_initialized()):
         return newton_schulz(stack, ns_steps)
-    world, rank = dist.get_world_size(), dist.get_rank()
-    share = math.ceil(len(stack) / world)
-    missing = share * world - len(stack)        # equal shares: the last one is filled up with zeros
+    world = dist.get_world_size()
+    missing = -len(stack) % world       # equal shares: the last one is filled up with zeros
     filled = torch.cat((stack, stack.new_zeros(missing, *stack.shape[1:])))
+    mine = newton_schulz(filled.chunk(world)[dist.get_rank()], ns_steps)
     out = torch.empty_like(filled)
-    mine = newton_schulz(filled[rank * share:(rank + 1) * share], ns_steps)
     dist.all_gather_into_tensor(out, mine.contiguous())
     return out[:len(stack)]
 
 # --------------------------------------------------------------------------------------------------
-# The edge of stability
-#
-# Along an eigenvector of the loss's Hessian H with eigenvalue h, gradient descent multiplies the distance
-# from the bottom by 1 - lr h a step: above h = 2 / lr it swings ever wider. The largest h is the sharpness.
+# The edge of stability: along an eigenvector of the loss's Hessian with eigenvalue h, gradient descent
+# multiplies the distance from the bottom by 1 - lr h a step: above h = 2 / lr it swings ever wider
 
 def top_eigenvalue(product, start, tolerance=0.003, max_products=40):
-    """
-    Largest eigenvalue of a symmetric matrix H known by product(v) = H v, by Lanczos iteration.
+    """Largest eigenvalue of a symmetric matrix H known by product(v) = H v, by Lanczos iteration.
 
-    start (n,) of any length -> eigenvalue, unit eigenvector (n,), tolerance reached; nan, zeros, nan where
-    H v is not finite. k products span a space in which H is a k x k matrix, whose top eigenpair (h, v) is the
-    estimate. Its tolerance is |H v - h v| / |h|: an eigenvalue of H is that near, relatively, and the error
-    of the top one is about its square over the relative gap to the next.
+    start (n,) of any length -> eigenvalue, unit eigenvector (n,), tolerance |H v - h v| / |h| reached; nan,
+    zeros, nan where H v is not finite. k products span a space in which H is k x k; its top eigenpair is the
+    estimate. The error of h is about the tolerance squared over the relative gap to the next one.
     """
     basis = start.new_empty(max_products, len(start))
     small = torch.zeros(max_products, max_products, dtype=torch.float64)    # on the CPU; lower triangle
@@ -157,23 +141,18 @@ def top_eigenvalue(product, start, tolerance=0.003, max_products=40):
     return value, v / v.norm(), reached
 
 def adamw_preconditioner(grads, vs, step, betas, eps):
-    """
-    P of the coming update w - lr P^-1 m, decay aside, if these are its gradients; vs are those after `step`
-    updates. P = (1 - b1^t)(sqrt(v^) + eps), t = step + 1: for AdamW the top eigenvalue of P^-1/2 H P^-1/2
-    stands in for the sharpness (Cohen et al. 2022).
-    """
+    """P of the next update w - lr P^-1 m; the top eigenvalue of P^-1/2 H P^-1/2 is AdamW's sharpness."""
     correction1, correction2 = (bias_correction(beta, step + 1) for beta in betas)
     after = [v.lerp(g * g, 1 - betas[1]) for g, v in zip(grads, vs)]
     return [correction1 * ((v / correction2).sqrt() + eps) for v in after]
 
 def stability_threshold(name, lr, momentum, beta1):
-    """
-    The sharpness above which a quadratic diverges; None for muon, for which none is published.
+    """The sharpness above which a quadratic diverges (Cohen et al. 2021, 2022); None: there is none known.
 
-    sgd: 2 (1 + momentum) / lr (Polyak 1964; Cohen et al. 2021). adamw: 2 (1 + b1) / ((1 - b1) lr), 38 / lr at
-    0.9 (Cohen et al. 2022). Decay lowers it by weight_decay, or not to speak of; clipping by a factor s
-    raises sgd's to 1 / s of it, while adamw divides by gradients that were clipped as well.
+    Decay hardly changes it; clipping by a factor s raises sgd's to 1 / s of it, and leaves adamw's.
     """
+    if lr == 0:
+        return None
     if name == "sgd":
         return 2 * (1 + momentum) / lr
     if name == "adamw":
@@ -184,12 +163,10 @@ def stability_threshold(name, lr, momentum, beta1):
 # What they keep from step to step
 
 class Optimizer:
-    """
-    Groups of parameters, each with its settings and what the method keeps of each parameter (`kept`: lists of
-    tensors).
+    """params: tensors, or groups: dicts of "params" and the settings that differ from the defaults.
 
-    params: tensors, or dicts of "params" and the settings that differ from the defaults. A group's "lr" is a
-    tensor, "peak_lr" x the factor of set_lr. Raises ValueError on a setting out of its range.
+    A group also has the lists of tensors in `kept`, and "lr", a tensor: "peak_lr" x the factor of set_lr. The
+    entries in `arguments` are what its update needs besides gradients and scale.
     """
     def __init__(self, params, **defaults):
         groups = list(params)
@@ -198,8 +175,7 @@ class Optimizer:
         self.param_groups = [{**defaults, **group} for group in groups]
         for group in self.param_groups:
             if not group["lr"] > 0 or not group["weight_decay"] >= 0:
-                raise ValueError("lr must be above 0 and weight_decay at least 0, not "
-                                 f"{group['lr']} and {group['weight_decay']}")
+                raise ValueError(f"lr {group['lr']} must be above 0, decay {group['weight_decay']} not below")
             device = group["params"][0].device
             group["peak_lr"] = group["lr"]
             group["lr"] = torch.tensor(group["lr"], device=device)
@@ -218,7 +194,8 @@ class Optimizer:
         for group in self.param_groups:
             group["step"] += 1
             grads = [p.grad for p in group["params"]]
-            self.update_group(group, grads, torch.as_tensor(scale, device=group["lr"].device))
+            scale = torch.as_tensor(scale, device=group["lr"].device)
+            self.update(grads=grads, scale=scale, **{name: group[name] for name in self.arguments})
 
     def zero_grad(self):
         for group in self.param_groups:
@@ -241,6 +218,7 @@ class Optimizer:
 class AdamW(Optimizer):
     """weight_decay is decoupled from the gradient and multiplied by lr: the same as torch.optim.AdamW."""
     kept = ("ms", "vs")
+    arguments = ("params", *kept, "step", "lr", "betas", "eps", "weight_decay")
     update = staticmethod(adamw_update)
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
@@ -248,53 +226,37 @@ class AdamW(Optimizer):
             raise ValueError(f"betas must be in [0, 1), not {betas}")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def update_group(self, group, grads, scale):
-        self.update(group["params"], grads, group["ms"], group["vs"], group["step"], scale, group["lr"],
-                    group["betas"], group["eps"], group["weight_decay"])
-
 class Muon(Optimizer):
     """params (..., rows, cols): the leading dimensions are a stack of matrices. dtype: of Newton-Schulz."""
     kept = ("momenta",)
+    arguments = ("params", *kept, "lr", "momentum", "weight_decay", "ns_steps", "dtype")
     update = staticmethod(muon_update)
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5, dtype=torch.float32):
         if dtype == torch.float16:
             raise ValueError("Newton-Schulz needs the range of bfloat16; float16 overflows")
-        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.ns_steps = ns_steps
-        self.dtype = dtype
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.ndim < 2:
-                    raise ValueError(f"Muon is for matrices; shape {tuple(p.shape)} belongs to AdamW")
-
-    def update_group(self, group, grads, scale):
-        self.update(group["params"], grads, group["momenta"], scale, group["lr"], group["momentum"],
-                    group["weight_decay"], self.ns_steps, self.dtype)
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps,
+                         dtype=dtype)
+        if any(p.ndim < 2 for group in self.param_groups for p in group["params"]):
+            raise ValueError("Muon is for matrices; parameters of one dimension belong to AdamW")
 
 class SGD(Optimizer):
-    """Gradient descent; momentum 0 is the textbook's."""
     kept = ("velocities",)
+    arguments = ("params", *kept, "lr", "momentum", "weight_decay")
     update = staticmethod(sgd_update)
 
     def __init__(self, params, lr=0.1, momentum=0.0, weight_decay=0.0):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
-    def update_group(self, group, grads, scale):
-        self.update(group["params"], grads, group["velocities"], scale, group["lr"], group["momentum"],
-                    group["weight_decay"])
-
 # --------------------------------------------------------------------------------------------------
 # Who gets what
 
 def build_optimizer(model, name, lr, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95, adamw_lr_ratio=0.1):
-    """
-    The optimizers of a Transformer, as a list; each parameter is in exactly one group of exactly one of them.
+    """The optimizers of a Transformer, a list; each parameter is in one group of one of them.
 
-    "adamw" and "sgd": one for all at lr. "muon": Muon for the stacked matrices between hidden states (router
-    included) at lr, AdamW for the rest at adamw_lr_ratio x lr. Decayed: matrices of the blocks and an untied
-    head. Not decayed: norm gains and embeddings (a rare word's row would shrink in all the steps that do not
-    contain it), so a tied head is not either.
+    "adamw" and "sgd": one for all at lr. "muon": Muon for the matrices between hidden states (the router's
+    too) at lr, AdamW for the rest at adamw_lr_ratio x lr. Norm gains and embeddings (tied heads too) do not
+    decay: a rare word's row would shrink in all the steps that do not contain it.
     """
     hidden, head, plain = [], [], []
     for key, p in model.named_parameters():
@@ -317,9 +279,6 @@ def build_optimizer(model, name, lr, weight_decay=0.1, betas=(0.9, 0.95), moment
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    uneven = torch.diag(torch.logspace(0, -2, 16))
-    G = torch.randn(64, 16) @ uneven @ torch.randn(16, 64)      # rank 16
-    G /= torch.linalg.matrix_norm(G)
+    G = torch.randn(64, 16) * torch.logspace(0, -2, 16)
     for steps in range(6):
-        s = torch.linalg.svdvals(newton_schulz(G, steps))[:16:3]
-        print(f"{steps} steps: singular values", " ".join(f"{x:.3f}" for x in s.tolist()))
+        print(f"{steps} steps: singular values", torch.linalg.svdvals(newton_schulz(G, steps))[::3])

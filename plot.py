@@ -1,7 +1,6 @@
 """Read the folders of runs, name what their loss curves did, and draw them.
 
-A run is a folder with config.json, metrics.csv and summary.json (train.py writes it); a sweep is a folder of
-runs. Both can be drawn again at any time, from whatever has arrived.
+A run is a folder that train.py writes, a sweep a folder of runs; both are drawn from whatever has arrived.
 
     diverged    not finite; or it rose and stays up; or it is back where it started; or, beside a better run,
                 it fell early and learned less than half as much: too high a rate to learn with
@@ -9,9 +8,8 @@ runs. Both can be drawn again at any time, from whatever has arrived.
     slow        it learned nothing yet, or falls like a straight line, or ended well above a better run
     converged   none of these: it fell and flattened
 
-The noise of the minibatches is sigma = median |loss[i+1] - 2 loss[i] + loss[i-1]| / (0.6745 sqrt 6): second
-differences of a smooth curve plus noise have the variance 6 sigma^2, and a median does not see a few spikes.
-A rate has one colour in every picture of a sweep, by its rank in viridis: safe for colour-blind readers.
+Second differences of a smooth curve plus noise of deviation sigma have the variance 6 sigma^2, and their
+median does not see a few spikes: sigma = median |loss[i+1] - 2 loss[i] + loss[i-1]| / (0.6745 sqrt 6).
 
     python plot.py runs/tiny/lr0.003-s0   a run: loss_curves.png, lr_schedule.png, router.png for experts
     python plot.py runs/tiny              a sweep: starts python sweep.py --report, which draws and analyses
@@ -76,10 +74,7 @@ def classify(losses, best=None):
     return "converged"
 
 def has_diverged(losses):
-    """For stopping early: is one not finite, or has half of them lain far above all before, and not fallen?
-
-    Must not fire on a run that can still recover from a spike.
-    """
+    """For stopping early: a loss is not finite, or half of them lie far above all before, and do not fall."""
     losses = np.asarray(losses, float)
     if not np.isfinite(losses).all():
         return True
@@ -123,18 +118,13 @@ def read_metrics(path):
         pass
     found = dict(zip(head, np.reshape(rows, (-1, max(1, len(head)))).T))
     metrics = dict.fromkeys(COLUMNS + HESSIAN, np.full(len(rows), np.nan)) | found
-
-    # AdamW: the sharpness as its preconditioner sees it.
-    preconditioned = metrics["preconditioned_sharpness"]
+    preconditioned = metrics["preconditioned_sharpness"]    # AdamW's
     metrics["sharpness"] = np.where(np.isnan(preconditioned), metrics["sharpness"], preconditioned)
     metrics["sharpness_ratio"] = metrics["sharpness"] / metrics["stability_threshold"]
     return metrics
 
 def read_run(dir):
-    """{dir, name, config, args, lr, seed, summary, metrics, train, val}; None: no readable config.json.
-
-    train and val: the rows of metrics that are steps (they have an lr) and evaluations.
-    """
+    """The run in a folder, train and val: its steps and its evaluations; None: no readable config.json."""
     dir = Path(dir)
     config = read_json(dir / "config.json") or {}
     try:
@@ -159,13 +149,13 @@ def read_runs(dir):
 # Drawing: helpers
 
 COLOURS = {"best": "#0072B2", "unstable": "#E69F00", "diverged": "#D55E00"}   # safe for colour-blind readers
-LINES = ("-", "--", ":", "-.")
 LABELS = {"train_loss": "training loss (nats a token)", "val_loss": "validation loss (nats a token)",
           "lr": "learning rate of the step", "grad_norm": "gradient norm before clipping",
           "val_accuracy": "next-token accuracy", "val_perplexity": "perplexity",
           "max_grad_norm": "largest gradient norm", "accuracy_per_minute": "accuracy a minute",
-          "status": "worst status of the seeds", "sharpness": "sharpness; dashed: stability threshold",
-          "sharpness_ratio": "sharpness / stability threshold"}
+          "status": "worst status of the seeds", "table": "", "router": "expert, layer after layer",
+          "sharpness": "sharpness (dashed: threshold)",
+          "sharpness_ratio": "sharpness / threshold, at most 10: median and peak of the second half"}
 LOG = ("lr", "grad_norm", "max_grad_norm", "sharpness", "sharpness_ratio")
 
 def rate(lr):
@@ -175,14 +165,18 @@ def rate(lr):
     mantissa, exponent = f"{lr:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
-def figure(width, height, rows=1, cols=1):
-    """A Figure (inches), without pyplot's display and global state; its axes in order."""
+def figure(width, height, columns, rows=1):
+    """A Figure (inches) without pyplot's global state, and its axes: a panel a column, in order."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    axes = fig.subplots(rows, cols, squeeze=False).flatten()
-    for ax in axes:
+    axes = fig.subplots(rows, len(columns) // rows, squeeze=False).flatten()
+    for ax, column in zip(axes, columns):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
+        ax.set_ylabel(LABELS[column])
+        if column in LOG:   # plain numbers at 1, 2 and 5 x 10^k; a short axis has more of them
+            ax.set_yscale("log", subs=[2, 5])
+            ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     return fig, axes
 
 def save(fig, path):
@@ -199,19 +193,13 @@ def points(run, column):
     whole = rows.shape[1] // block * block
     return rows[:, :whole].reshape(2, -1, block).mean(axis=2)   # (2, points)
 
-def log_axis(ax):
-    """A logarithmic upward axis, its ticks plain numbers at 1, 2, 5 x 10^k, and closer on a short one."""
-    ax.set_yscale("log", subs=[2, 5])
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
-
 def loss_axis(ax, losses):
     """An upward axis, logarithmic in the distance from a little below the lowest: tells close ends apart."""
     if not len(losses):
         return
     lowest = min(losses)
     span = max(np.ptp(losses), 0.05)
-    floor = max(0, lowest - 0.1 * span)
+    floor = max(-0.001, lowest - 0.1 * span)
     ticks = floor + np.geomspace(lowest - floor, lowest - floor + span, 7)
     ax.set_yscale("function", functions=(lambda loss: np.log(np.maximum(loss - floor, 1e-6)),
                                          lambda height: np.exp(height) + floor))
@@ -219,10 +207,7 @@ def loss_axis(ax, losses):
     ax.set_ylim(ticks[0] - 0.2 * (lowest - floor), ticks[-1] + 0.05 * span)
 
 def looks(runs):
-    """{(setting, lr): (x, style)}: colour tells the rate (if there is one: the setting), the line the setting.
-
-    x is the place on an axis of rates, settings side by side.
-    """
+    """{(setting, lr): (x on an axis of rates, style)}: colour tells the rate, kind of line the setting."""
     from matplotlib import colormaps
     settings = list(dict.fromkeys(run["setting"] for run in runs))
     rates = sorted({run["lr"] for run in runs})
@@ -230,15 +215,14 @@ def looks(runs):
     for run in runs:
         i = settings.index(run["setting"])
         shade = rates.index(run["lr"]) / len(rates)   # below 1: the last of viridis, yellow, pales on white
-        if len(rates) == 1:
+        if len(rates) == 1:     # then colour tells the settings
             shade = i / len(settings)
-        style = dict(color=colormaps["viridis"](shade), linestyle=LINES[i % len(LINES)])
+        style = dict(color=colormaps["viridis"](shade), linestyle=("-", "--", ":", "-.")[i % 4])
         look[run["setting"], run["lr"]] = (run["lr"] * 1.04 ** i, style)
     return look
 
 def legend(fig, runs, look):
     """Beside the panels: a line for a rate, with how many of its runs were at the edge."""
-    from matplotlib.lines import Line2D
     handles = []
     for setting, lr in sorted(look, key=lambda key: (key[0], -key[1])):
         label = f"{rate(lr)} {setting}".strip()
@@ -246,25 +230,19 @@ def legend(fig, runs, look):
         for status in EDGE:
             if status in found:
                 label += f", {found.count(status)} of {len(found)} {status}"
-        _, style = look[setting, lr]
-        handles.append(Line2D([], [], label=label, **style))
-    columns = 1 + len(handles) // 28
-    fig.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8, ncols=columns)
+        handles += fig.axes[0].plot([], [], label=label, **look[setting, lr][1])
+    fig.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8,
+               ncols=1 + len(handles) // 28)
 
 def draw_curves(runs, look, columns):
     """A panel a column against the step; the axis of a loss is set by the runs that survived."""
-    fig, axes = figure(5 + 4 * len(columns), 5.5, 1, len(columns))
+    fig, axes = figure(5 + 4 * len(columns), 5.5, columns)
     for ax, column in zip(axes, columns):
         curves = [(run, *points(run, column)) for run in runs]
-        ax.set(xlabel="step", ylabel=LABELS[column])
-        if column in LOG:
-            log_axis(ax)
-        else:   # from the lowest to where they began
+        ax.set_xlabel("step")
+        if column.endswith("loss"):   # from the lowest to where they began
             alive = [values for run, _, values in curves if run["status"] != "diverged"]
             loss_axis(ax, [loss for values in alive for loss in np.minimum(values, values[:1])])
-        if column == "sharpness_ratio":
-            ax.axhline(1, color=COLOURS["unstable"])
-            ax.set_ylim(0.1, 10)
         for run, steps, values in curves:
             _, style = look[run["setting"], run["lr"]]
             if column == "sharpness":
@@ -273,8 +251,8 @@ def draw_curves(runs, look, columns):
                 values = np.minimum(values, 10 * max(thresholds[1], default=np.inf))
             ax.plot(steps, values, linewidth=1.3, **style)
             if run["status"] == "diverged" and len(steps):   # an x where it ended, or left the axis
-                end = np.clip(values[-1], *ax.get_ylim())
-                ax.plot(steps[-1], end, "x", color=style["color"], clip_on=False)
+                last = np.clip(values[-1], *ax.get_ylim())
+                ax.plot(steps[-1], last, "x", color=style["color"], clip_on=False)
     legend(fig, runs, look)
     return fig
 
@@ -282,7 +260,7 @@ def draw_curves(runs, look, columns):
 # The pictures of a run and of a sweep
 
 def draw_run(dir):
-    """In its folder: loss_curves.png, lr_schedule.png, router.png where there are experts. Returns paths."""
+    """In its folder: loss_curves.png, lr_schedule.png; router.png, sharpness.png where known. -> paths"""
     run = read_run(dir)
     if run is None or not len(run["train"]["step"]):
         return []
@@ -296,17 +274,15 @@ def draw_run(dir):
     experts = [name for name in run["train"] if name.startswith("share_L")]   # share_L0_E0, share_L0_E1 ...
     if experts:
         share = [points(run, name)[1] for name in experts]   # (layers * experts, points)
-        fig, [ax] = figure(9, 1.5 + 0.16 * len(experts))
+        fig, [ax] = figure(9, 1.5 + 0.16 * len(share), ["router"])
+        ax.set_xlabel("step")
         image = ax.imshow(share, vmin=0, aspect="auto", extent=(0, run["train"]["step"][-1], len(share), 0))
-        ax.set(xlabel="step", ylabel="expert, layer after layer")
         fig.colorbar(image, label="share of its layer's assignments")
         pictures["router.png"] = fig
     return [save(fig, run["dir"] / name) for name, fig in pictures.items()]
 
 def draw_sweep(dir, runs, insights):
     """All of them, from runs with status, loss and setting as sweep.analyse leaves them, and its insights."""
-    if not runs:
-        return []
     look = looks(runs)
     pictures = {"lr_sweep_comparison.png": draw_curves(runs, look, ["train_loss", "val_loss"]),
                 "lr_vs_final_loss.png": draw_losses(runs, look, insights),
@@ -316,17 +292,35 @@ def draw_sweep(dir, runs, insights):
     measured = [run for run in runs if np.isfinite(run["metrics"]["sharpness"]).any()]
     if measured:
         pictures["sharpness.png"] = draw_curves(measured, look, ["sharpness", "train_loss"])
-        pictures["edge_of_stability.png"] = draw_curves(measured, look, ["sharpness_ratio", "train_loss"])
+        pictures["edge_of_stability.png"] = draw_edge(measured, look)
     return [save(fig, Path(dir) / name) for name, fig in pictures.items()]
 
+def draw_edge(runs, look):
+    """Against the rate: sharpness over its threshold in the second half of the run, and the final loss."""
+    fig, axes = figure(13, 5.5, ["sharpness_ratio", "train_loss"])
+    axes[0].axhline(1, color=COLOURS["unstable"])
+    axes[1].set_yscale("log")
+    for run in runs:
+        x, style = look[run["setting"], run["lr"]]
+        marker = "x" if run["status"] == "diverged" else "o"
+        for ax, column in zip(axes, ("sharpness_ratio", "train_loss")):
+            _, values = points(run, column)
+            second_half = np.minimum(values[len(values) // 2:], 10 if column == "sharpness_ratio" else np.inf)
+            heights = [np.median(second_half), second_half.max()]
+            if column == "train_loss":
+                heights = values[-1:]
+            ax.plot([x] * len(heights), heights, marker, color=style["color"])
+    for ax in axes:
+        ax.set(xscale="log", xlabel="peak learning rate (x: diverged)")
+    legend(fig, runs, look)
+    return fig
+
 def draw_panel(ax, look, insights, column):
-    """A column of insights' rates against the rate; x: some of its runs diverged; a line joins the rest."""
+    """A column of insights' rates against the rate; x: some of its runs diverged; a line joins the others."""
     rates = sorted({lr for _, lr in look})
-    ax.set(xscale="log", xlabel="peak learning rate (x: diverged)", ylabel=LABELS[column])
+    ax.set(xscale="log", xlabel="peak learning rate (x: diverged)")
     ax.set_xticks(rates, [rate(lr) for lr in rates], rotation=90, fontsize=8)
-    ax.minorticks_off()
-    if column in LOG:
-        log_axis(ax)
+    ax.xaxis.minorticks_off()
     for setting in insights["settings"]:
         alive = []
         for row in setting["rates"]:
@@ -343,7 +337,7 @@ def draw_panel(ax, look, insights, column):
 
 def draw_losses(runs, look, insights):
     """Final loss against rate, the interval of the optimum, and the two edges, of the setting to use."""
-    fig, [ax] = figure(11, 6)
+    fig, [ax] = figure(11, 6, ["val_loss"])
     draw_panel(ax, look, insights, "val_loss")
     loss_axis(ax, [run["loss"] for run in runs if run["loss"] not in (None, np.inf)])
     ax.set_xlabel("peak learning rate (small: a run, orange if unstable; large: mean; x: diverged)")
@@ -351,12 +345,11 @@ def draw_losses(runs, look, insights):
         x, style = look[run["setting"], run["lr"]]
         if run["loss"] is not None:
             ax.plot(x, run["loss"], ".", color=COLOURS.get(run["status"], style["color"]))
-
     use = insights["use"]
     if use:
         blue = dict(color=COLOURS["best"], zorder=0)
         ax.axvline(use["lr"], label=f"use {rate(use['lr'])} {use['setting']}", **blue)
-        left, right = ax.get_xlim()     # where the optimum may lie outside the tried rates
+        left, right = ax.get_xlim()     # it may lie beyond the rates tried
         ax.axvspan(use["low"] or left, use["high"] or right, alpha=0.12, label="holds the optimum", **blue)
         edges = {setting["label"]: setting["edge"] or {} for setting in insights["settings"]}
         for status, line in zip(EDGE, (":", "--")):
@@ -370,8 +363,8 @@ def draw_losses(runs, look, insights):
 
 def draw_details(runs, look, insights):
     """Six panels against the rate."""
-    fig, axes = figure(16, 8.4, 2, 3)
     columns = ("val_loss", "val_accuracy", "val_perplexity", "max_grad_norm", "accuracy_per_minute", "status")
+    fig, axes = figure(16, 8.4, columns, rows=2)
     for ax, column in zip(axes, columns):
         draw_panel(ax, look, insights, column)
     axes[5].set_yticks(range(len(STATUSES)), STATUSES)
@@ -386,7 +379,7 @@ def draw_table(insights):
         for row in setting["rates"]:
             numbers = ["" if row[name] is None else f"{row[name]:.4g}" for name in names]
             cells.append((setting["label"], rate(row["lr"]), len(row["seeds"]), row["status"], *numbers))
-    fig, [ax] = figure(13, 0.3 + 0.3 * len(cells))
+    fig, [ax] = figure(13, 0.3 + 0.3 * len(cells), ["table"])
     ax.axis("off")
     table = ax.table(cells, bbox=(0, 0, 1, 1))
     table.auto_set_font_size(False)
@@ -408,8 +401,8 @@ def main(argv):
             return 0
         if read_runs(dir):
             print(f"a sweep's folder: python sweep.py --report {dir} analyses and draws it", flush=True)
-            command = [sys.executable, str(Path(__file__).with_name("sweep.py")), "--report", str(dir)]
-            return subprocess.run(command).returncode
+            sweep = Path(__file__).with_name("sweep.py")
+            return subprocess.run([sys.executable, sweep, "--report", dir]).returncode
         problem = "no config.json and metrics.csv of a run that can be read, and no runs"
     except OSError as error:
         problem = error

@@ -1,14 +1,11 @@
-"""
-The shape of the learning rate over a run: pure functions of the optimizer step.
+"""The shape of the learning rate over a run: pure functions of the optimizer step.
 
     make_schedule(name, max_steps, ...) -> f;   lr at step t (0 .. max_steps - 1) is  f(t) x peak
 
 Every schedule but `exponential` starts with the same linear warm-up over `warmup_ratio` of the steps, where
 step t uses (t + 1) / warmup_steps: the first update is small, not zero. What follows goes from 1 down to
-`min_lr_ratio` as a function of progress, which is 0 just after warm-up and 1 at the last step. Two mistakes
-are common, and impossible here: a warm-up of step / warmup_steps, which wastes the first step, and a schedule
-that is told the number of micro-batches but stepped once an optimizer step, which anneals only its first
-part. A step is an optimizer step.
+`min_lr_ratio` as a function of progress, which is 0 just after warm-up and 1 at the last step. A step is one
+of the optimizer: told the number of micro-batches instead, a schedule would anneal only its first part.
 
 Sources: cosine and restarts, Loshchilov & Hutter 2017; warm-up-stable-decay, Hu et al. 2024 (MiniCPM);
 triangular cycles and the range test, Smith 2017; stages, DeepSeek LLM 2024 (1, 0.316, 0.1) with the factors
@@ -16,8 +13,8 @@ of a small-MoE study.
 
     python schedule.py [picture.png]        # draws them all
 """
-
 import math
+import sys
 
 # --------------------------------------------------------------------------------------------------
 # Shapes: progress in [0, 1] -> a factor in [floor, 1]
@@ -55,27 +52,19 @@ def stages(progress, floor):
         return max(floor, 0.46)
     return max(floor, 0.15)
 
-SHAPES = {
-    "constant": constant,
-    "linear": linear,
-    "cosine": cosine,
-    "restarts": restarts,
-    "wsd": wsd,
-    "triangular": triangular,
-    "stages": stages,
-}
+SHAPES = {"constant": constant, "linear": linear, "cosine": cosine, "restarts": restarts, "wsd": wsd,
+          "triangular": triangular, "stages": stages}
 SCHEDULES = [*SHAPES, "exponential", "plateau"]
 
 # --------------------------------------------------------------------------------------------------
 # The schedule of a run
 
 def make_schedule(name, max_steps, warmup_ratio=0.1, min_lr_ratio=0.1):
-    """
-    f(step) -> factor of the peak rate, for step 0 .. max_steps - 1 of the optimizer.
+    """f(step) -> factor of the peak rate, for step 0 .. max_steps - 1 of the optimizer.
 
     warmup_ratio in [0, 1] is a share of max_steps, min_lr_ratio in [0, 1] a share of the peak. `exponential`
-    is the range test: from 1e-4 of the peak up to it, neither ratio used. `plateau` returns a Plateau, the
-    only schedule with state. Raises ValueError on an unknown name or a setting outside its range.
+    is the range test: from 1e-4 of the peak up to it, neither ratio used. `plateau` alone has state. Raises
+    ValueError on an unknown name or a setting outside its range.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; choose one of: {', '.join(SCHEDULES)}")
@@ -91,24 +80,19 @@ def make_schedule(name, max_steps, warmup_ratio=0.1, min_lr_ratio=0.1):
 
     def factor(step):
         if step < warmup_steps:
-            return warmup(step, warmup_steps)
+            return (step + 1) / warmup_steps    # the last step of the warm-up is the first at the peak
         progress = (step - warmup_steps) / max(1, last_step - warmup_steps)
         return SHAPES[name](min(1.0, progress), min_lr_ratio)
     return factor
-
-def warmup(step, warmup_steps):
-    """The linear rise; the last step of it is the first one at the peak."""
-    return (step + 1) / warmup_steps
 
 def rule_of_thumb(n_params):
     """A first guess at Muon's peak rate, 0.065 x sqrt(parameters / 79 M): one study's heuristic."""
     return 0.065 * math.sqrt(n_params / 79e6)
 
 class Plateau:
-    """
-    Halves the rate, down to the floor, when `patience` evaluations in a row have not improved the best loss
-    by `threshold`. Call observe(val_loss) after each evaluation; state (a plain dict) goes into the
-    checkpoint.
+    """Halves the rate, down to the floor, when `patience` evaluations have not improved the best loss enough.
+
+    Call observe(val_loss) after each evaluation; state (a plain dict) goes into the checkpoint.
     """
     def __init__(self, warmup_steps, floor, threshold=0.01, patience=5):
         self.warmup_steps = warmup_steps
@@ -119,7 +103,7 @@ class Plateau:
 
     def __call__(self, step):
         if step < self.warmup_steps:
-            return warmup(step, self.warmup_steps)
+            return (step + 1) / self.warmup_steps
         return self.state["scale"]
 
     def observe(self, val_loss):
@@ -136,8 +120,9 @@ def draw(path):
     """All schedules, 200 steps each, in a picture."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(11, 7), layout="constrained")
-    axes = fig.subplots(3, 3, sharex=True, sharey=True)
-    for ax, name in zip(axes.flat, SCHEDULES):
+    fig.supylabel("factor of the peak rate")
+    fig.supxlabel("optimizer step; 10% warm-up and a floor of 10% of the peak")
+    for ax, name in zip(fig.subplots(3, 3, sharex=True, sharey=True).flat, SCHEDULES):
         schedule = make_schedule(name, 200)
         factors = []
         for step in range(200):
@@ -146,19 +131,15 @@ def draw(path):
                 schedule.observe(2 + math.exp(-step / 20))      # a validation loss that settles at 2
         ax.plot(factors, color="#0072B2")
         ax.set_title(name)
-        ax.grid(alpha=0.3)
-    axes[1][0].set_ylabel("factor of the peak rate")
-    axes[2][1].set_xlabel("optimizer step; 10% warm-up and a floor of 10% of the peak")
-    fig.savefig(path, dpi=120)
+    fig.savefig(path)
 
 if __name__ == "__main__":
-    import sys
-    path = sys.argv[1] if len(sys.argv) > 1 else "schedules.png"
+    path = (sys.argv + ["schedules.png"])[1]
     try:
         if not path:
             raise ValueError("no name")
         draw(path)
-    except (OSError, ValueError) as e:      # ValueError: a name whose ending is no picture's
-        print(f"schedule.py: cannot write {path!r} ({e}); name a .png file", file=sys.stderr)
+    except (OSError, ValueError) as error:      # ValueError: a name whose ending is no picture's
+        print(f"schedule.py: cannot write {path!r} ({error}); name a .png file", file=sys.stderr)
         sys.exit(2)
     print(f"{len(SCHEDULES)} schedules in {path}: {', '.join(SCHEDULES)}")

@@ -234,8 +234,8 @@ def outward(table, best):
     return rates
 
 def midpoint(table, best, plan):
-    """A rate between the best and a neighbour, on the side that promises more: until both are within a factor
-    of 2, or closer where that is worth it. Each --refine halves the distance in log rate."""
+    """Rates between the best and its neighbours, until both are within a factor of 2, or closer where that is
+    worth it. Each --refine halves the distance in log rate."""
     gains = finer_gains(table, best)
     gaps = {}
     for lr, gain in gains.items():
@@ -246,10 +246,10 @@ def midpoint(table, best, plan):
             limit = 1.4
         if abs(math.log(lr / best)) > math.log(limit) / 2 ** plan.refine:
             gaps[lr] = gain
-    if len(gains) < 2 or not gaps:
+    if len(gains) < 2:
         return []
-    middle = math.sqrt(best * max(gaps, key=gaps.get))
-    return [float(f"{min(max(middle, best / 2), best * 2):.2g}")]
+    middles = [math.sqrt(best * lr) for lr in gaps]
+    return [float(f"{min(max(middle, best / 2), best * 2):.2g}") for middle in middles]
 
 def worth_seeds(table, best):
     """Rates that can matter: the best and its neighbours; then all that are not shown to be worse, and the

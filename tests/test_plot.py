@@ -1,4 +1,5 @@
-"""Status of loss curves, reading of run folders, and that every picture can be drawn from what has arrived."""
+"""Status of loss curves, reading of run folders, pictures of whatever has arrived."""
+import csv
 import json
 import math
 import shutil
@@ -39,28 +40,35 @@ def curve(kind, n):
     t = np.linspace(0, 1, n)
     rate = np.minimum(1, (t + 1e-3) / 0.1) * (0.1 + 0.45 * (1 + np.cos(np.pi * t)))
     s = np.cumsum(rate) / rate.sum()   # how much learning rate has been spent
-    good = 3 + 4.6 * np.exp(-6 * s) + 0.3 * (1 - s)
 
     def ramp(start, end):
         return np.clip((t - start) / (end - start), 0, 1)
+
+    def fall(height, speed):
+        return height * np.exp(-speed * s)
+
+    def bump(height, centre, width):
+        return height * np.exp(-((t - centre) / width) ** 2)
+
+    good = 3 + fall(4.6, 6) + 0.3 * (1 - s)
     return {
         "good": good,   # still falls a little at its end, as every good run does
         "power law": 1.3 + 7.9 * (1 + 400 * s) ** -0.5,
-        "plateau, then decay": 3.3 + 4.3 * np.exp(-20 * t) - 1.0 * ramp(0.8, 1),
-        "bump": good + 0.4 * np.exp(-((t - 0.07) / 0.03) ** 2),
-        "too high": 4.3 + 3.3 * np.exp(-12 * s) - 0.5 * np.maximum(0, t - 0.6),
-        "1.4 above": 4.45 + 3.15 * np.exp(-30 * s) - 0.2 * t,
+        "plateau, then decay": 3.3 + 4.3 * np.exp(-20 * t) - ramp(0.8, 1),
+        "bump": good + bump(0.4, 0.07, 0.03),
+        "too high": 4.3 + fall(3.3, 12) - 0.2 * ramp(0.6, 1),
+        "1.4 above": 4.45 + fall(3.15, 30) - 0.2 * t,
         "starved": 7.6 - 1.2 * s ** 0.8,
         "nothing learned": 7.6 + 0 * t,
-        "spike": good + 2.5 * np.exp(-((t - 0.4) / 0.05) ** 2),
-        "warm-up spike": good + 4 * np.exp(-((t - 0.1) / 0.04) ** 2),
+        "spike": good + bump(2.5, 0.4, 0.05),
+        "warm-up spike": good + bump(4, 0.1, 0.04),
         "swings": good + 1.2 * np.sin(40 * t) * (t > 0.2),
-        "rise and recovery": good + 0.5 * ramp(0.5, 0.55) * np.exp(-np.maximum(0, t - 0.55) / 0.1),
+        "rise and recovery": good + 0.5 * ramp(0.5, 0.55) * np.exp(-5.5 * ramp(0.55, 1)),
         "rises for good": good + 2 * ramp(0.7, 1),
         "rose late": good + 2 * ramp(0.72, 0.8),
-        "lost it": np.where(t < 0.15, 7.6 - 2.2 * t / 0.15, 5.4 + 1.2 * ramp(0.15, 0.25)),
-        "stuck": 6.2 + 1.4 * np.exp(-40 * s),   # learns how frequent tokens are and nothing more
-        "back to the start": 7.5 + 3 * np.exp(-((t - 0.1) / 0.05) ** 2),
+        "lost it": 7.6 - 2.2 * ramp(0, 0.15) + 1.2 * ramp(0.15, 0.25),
+        "stuck": 6.2 + fall(1.4, 40),   # learns how frequent tokens are and nothing more
+        "back to the start": 7.5 + bump(3, 0.1, 0.05),
         "blows up": 7.6 + 3 * ramp(0, 0.1)}[kind]
 
 
@@ -131,37 +139,45 @@ def make_run(dir, lr, seed=0, status="converged", setting="", n=30, experts=0):
     """A run's folder as train.py writes it; returns the run as sweep.analyse leaves it."""
     dir.mkdir(parents=True)
     kinds = {"unstable": "spike", "slow": "starved", "diverged": "blows up"}
-    losses = curve(kinds.get(status, "good"), n) + 0.02 * abs(math.log(lr / 3e-3)) ** 2 + 0.01 * seed
+    losses = curve(kinds.get(status, "good"), n) + 0.02 * math.log(lr / 3e-3) ** 2
     if status == "diverged":
         losses[-1] = math.nan
     (dir / "config.json").write_text(json.dumps({"args": dict(lr=lr, seed=seed)}))
-    (dir / "summary.json").write_text(json.dumps(dict(status=status)))
-    shares = [f"share_L{i}_E{j}" for i in range(2) for j in range(experts)]
-    rows = [[*plot.COLUMNS, *shares]]
-    for i, loss in enumerate(losses):
-        place = [i + 1, i * 100, i / 10]
-        rows.append([*place, lr * (1 - i / n), loss, 1.0, 1000, "", "", "", "", *[0.25 for _ in shares]])
-        if i % 10 == 0:
-            rows.append([*place, "", "", "", "", loss, 0.1, math.exp(loss), loss / 3, *["" for _ in shares]])
-    lines = [",".join(map(str, row)) + "\n" for row in rows]
-    (dir / "metrics.csv").write_text("".join(lines))
-    end = {"diverged": math.inf, "running": None}.get(status, float(losses[-1]))
-    return plot.read_run(dir) | dict(status=status, setting=setting, loss=end)
+    (dir / "summary.json").write_text(json.dumps({"status": status}))
+
+    shares = [f"share_L0_E{i}" for i in range(experts)]
+    with open(dir / "metrics.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, [*plot.COLUMNS, *shares])
+        table.writeheader()
+        for step, loss in enumerate(losses, start=1):
+            row = dict(step=step, tokens=100 * step)
+            train = dict(lr=lr * (1 - step / 40), train_loss=loss, grad_norm=1.0)
+            table.writerow({**row, **train, **dict.fromkeys(shares, 0.25)})
+            if step % 10 == 1:
+                table.writerow(dict(row, val_loss=loss, val_accuracy=0.1))
+    loss = losses[-1]
+    if status == "diverged":
+        loss = math.inf
+    if status == "running":
+        loss = None
+    return dict(plot.read_run(dir), status=status, setting=setting, loss=loss)
 
 
 def make_insights(runs, use=None, edge=None):
     """What sweep.analyse finds, with the keys that the pictures need; use: of the first setting."""
-    settings = []
-    for label in dict.fromkeys(run["setting"] for run in runs):
-        rates = []
-        for run in runs:
-            if run["setting"] == label and run["loss"] is not None:
-                loss = run["loss"] if run["status"] != "diverged" else None
-                row = dict.fromkeys(["val_loss", "val_accuracy", "val_perplexity", "accuracy_per_minute"], loss)
-                row |= dict(lr=run["lr"], seeds=[run["seed"]], status=run["status"], diverged=int(loss is None))
-                rates.append(row | dict(max_grad_norm=2.0, deviation=None, val_bpb=None))
-        settings.append(dict(label=label, best_lr=use and use["lr"], edge=edge, rates=rates))
-    return dict(use=use and dict(setting=runs[0]["setting"], **use), settings=settings)
+    settings = {}
+    for run in runs:
+        setting = settings.setdefault(run["setting"], dict(label=run["setting"], edge=edge, rates=[]))
+        if run["loss"] is None:
+            continue
+        loss = run["loss"] if run["status"] != "diverged" else None
+        row = dict.fromkeys(["val_loss", "val_accuracy", "val_perplexity", "accuracy_per_minute"], loss)
+        row.update(lr=run["lr"], seeds=[run["seed"]], status=run["status"], diverged=int(loss is None),
+                   max_grad_norm=2.0, deviation=None, val_bpb=None)
+        setting["rates"].append(row)
+    if use:
+        use = dict(use, setting=runs[0]["setting"])
+    return dict(use=use, settings=list(settings.values()))
 
 
 def test_reading_tells_steps_from_evaluations_and_leaves_out_damaged_rows(tmp_path):
@@ -169,10 +185,13 @@ def test_reading_tells_steps_from_evaluations_and_leaves_out_damaged_rows(tmp_pa
     path = tmp_path / "r" / "metrics.csv"
     lines = path.read_text().splitlines(keepends=True)
     lines[3] = "3,200,0.2,\0\0,7.1,1.0,1000,,,,\n"
-    path.write_text("".join(lines) + "31,3000,3.1,0.1,9.")   # cut off while it was written
+    lines.append("31,3000,3.1,0.1,9.")   # cut off while it was written
+    path.write_text("".join(lines))
     run = plot.read_run(tmp_path / "r")
-    assert list(run["train"]["step"]) == [1, *range(3, 31)] and list(run["val"]["step"]) == [1, 11, 21]
-    assert np.isnan(run["train"]["train_loss"][-1]) and not np.isnan(run["val"]["val_loss"]).any()
+    assert list(run["train"]["step"]) == [1, *range(3, 31)]
+    assert list(run["val"]["step"]) == [1, 11, 21]
+    assert np.isnan(run["train"]["train_loss"][-1])
+    assert np.isfinite(run["val"]["val_loss"]).all()
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.csv", "summary.json"])
@@ -217,9 +236,10 @@ def test_missing_columns_and_many_rows_are_drawn(tmp_path):
 @pytest.mark.parametrize("settings", [1, 2])
 def test_pictures_of_a_sweep_from_whatever_has_arrived(tmp_path, found, settings):
     runs = []
-    for j in range(settings):
+    for label in ["", "data=$1_"][:settings]:
         for i, status in enumerate(found):
-            runs.append(make_run(tmp_path / f"r{i}{j}", 1e-3 * 3 ** i, 0, status, setting=f"data=${j}_"[: 8 * j]))
+            dir = tmp_path / f"{label}{i}"
+            runs.append(make_run(dir, 1e-3 * 3 ** i, status=status, setting=label))
     use = None
     edge = None
     if "converged" in found:
@@ -229,24 +249,40 @@ def test_pictures_of_a_sweep_from_whatever_has_arrived(tmp_path, found, settings
     paths = plot.draw_sweep(tmp_path, runs, make_insights(runs, use, edge))
     assert {path.name for path in paths} == PICTURES and all(path.exists() for path in paths)
     assert not list(tmp_path.glob("*.tmp"))
-    assert plot.draw_sweep(tmp_path, [], make_insights([])) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_that_died_at_a_gradient_of_zero_and_one_without_losses(tmp_path):
+    make_run(tmp_path / "r", 3e-3, status="diverged")
+    path = tmp_path / "r" / "metrics.csv"
+    path.write_text("step,lr,train_loss,grad_norm\n1,3,7.6,1\n2,3,1e12,1e9\n3,3,7.6,0\n")
+    assert len(plot.draw_run(tmp_path / "r")) == 2
+    path.write_text("step,lr\n1,3\n")
+    assert len(plot.draw_run(tmp_path / "r")) == 2
 
 
 def test_settings_that_share_one_rate_are_told_apart(tmp_path):
-    runs = [make_run(tmp_path / str(i), 3e-3, setting=f"warmup-ratio={i}") for i in range(3)]
-    look = plot.looks(runs)
-    assert len({x for x, _ in look.values()}) == len({style["color"] for _, style in look.values()}) == 3
+    runs = []
+    for i in range(3):
+        runs.append(make_run(tmp_path / str(i), 3e-3, setting=f"warmup-ratio={i}"))
+    places, styles = zip(*plot.looks(runs).values())
+    assert len(set(places)) == 3
+    assert len({style["color"] for style in styles}) == 3
     plot.draw_sweep(tmp_path, runs, make_insights(runs, dict(lr=3e-3, low=None, high=None)))
 
 
 def test_a_rate_has_one_colour_in_the_order_of_the_rates():
-    rates = [10 ** (-4 + i / 8) for i in range(26)]
+    rates = np.geomspace(1e-4, 0.1, 26)
     look = plot.looks([dict(setting=setting, lr=lr) for setting in "ab" for lr in rates])
     colours = [look["a", lr][1]["color"] for lr in rates]
-    assert colours == [look["b", lr][1]["color"] for lr in rates] and len(set(colours)) == 26
-    grey = [0.3 * red + 0.59 * green + 0.11 * blue for red, green, blue, _ in colours]
-    assert grey == sorted(grey)   # survives a grey print
-    assert [plot.rate(x) for x in (3e-4, 2.1e-3, 0.065, 1e-2, 1.0)] == ["3e-4", "2.1e-3", "0.065", "0.01", "1"]
+    assert colours == [look["b", lr][1]["color"] for lr in rates]
+    grey = np.array(colours) @ [0.3, 0.59, 0.11, 0]
+    assert (np.diff(grey) > 0).all()   # survives a grey print
+
+
+@pytest.mark.parametrize("lr,text", [(3e-4, "3e-4"), (2.1e-3, "2.1e-3"), (0.065, "0.065"), (1, "1")])
+def test_rates_are_written_as_people_do(lr, text):
+    assert plot.rate(lr) == text
 
 
 # ------------------------------------------------------------------------------------------------------------

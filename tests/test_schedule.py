@@ -1,19 +1,26 @@
-"""Schedules against values computed by hand, at the first step, the end of warm-up, the middle and the last step."""
+"""Schedules against values computed by hand: first step, end of warm-up, middle and last step."""
 import math
 
+import numpy as np
 import pytest
 
 from schedule import SCHEDULES, Plateau, make_schedule, rule_of_thumb
 
-# 101 steps after 20% warm-up: warm-up is steps 0..20 (21 of 105), progress = (step - 21) / 83
+# Warm-up is 20% of the steps, 0 to 20; then progress = (step - 21) / 83.
 HAND = {  # name: {step: factor}, max_steps 105, warmup_ratio 0.2, min_lr_ratio 0.1
-    "constant": {0: 1 / 21, 20: 1, 21: 1, 62: 1, 104: 1},
-    "linear": {0: 1 / 21, 20: 1, 21: 1, 104: 0.1, 63: 1 - 0.9 * 42 / 83},
-    "cosine": {0: 1 / 21, 9: 10 / 21, 20: 1, 21: 1, 104: 0.1, 63: 0.1 + 0.45 * (1 + math.cos(math.pi * 42 / 83))},
-    "restarts": {0: 1 / 21, 21: 1, 104: 0.1, 48: 0.1 + 0.45 * (1 + math.cos(math.pi * (27 * 3 / 83)))},
-    "wsd": {0: 1 / 21, 21: 1, 60: 1, 87: 1, 104: 0.1, 100: 1 - 0.9 * (79 / 83 - 0.8) / 0.2},
-    "triangular": {0: 1 / 21, 21: 1, 104: 0.1},
-    "stages": {0: 1 / 21, 21: 1, 70: 1, 71: 0.46, 91: 0.46, 92: 0.15, 104: 0.15},
+    "constant": {0: 1 / 21, 9: 10 / 21, 20: 1, 21: 1, 62: 1, 104: 1},
+    "linear": {21: 1, 63: 1 - 0.9 * 42 / 83, 104: 0.1},
+    "cosine": {
+        21: 1,
+        63: 0.1 + 0.45 * (1 + math.cos(math.pi * 42 / 83)),
+        104: 0.1},
+    "restarts": {
+        21: 1,
+        48: 0.1 + 0.45 * (1 + math.cos(math.pi * 27 * 3 / 83)),
+        104: 0.1},
+    "wsd": {21: 1, 60: 1, 87: 1, 100: 1 - 0.9 * (79 / 83 - 0.8) / 0.2, 104: 0.1},
+    "triangular": {21: 1, 104: 0.1},
+    "stages": {21: 1, 70: 1, 71: 0.46, 91: 0.46, 92: 0.15, 104: 0.15},
     "exponential": {0: 1e-4, 52: 1e-2, 104: 1},
     "plateau": {0: 1 / 21, 20: 1, 21: 1, 104: 1},
 }
@@ -46,11 +53,10 @@ def test_factors_stay_in_range_and_the_first_is_not_zero(name, max_steps, warmup
 
 
 def test_cycles():
-    restarts, triangular = (make_schedule(n, 301, 0.0, 0.0) for n in ("restarts", "triangular"))
-    jumps = [t for t in range(300) if restarts(t + 1) > restarts(t)]
-    assert jumps == [99, 199]
-    turns = [t for t in range(1, 300) if (triangular(t + 1) - triangular(t)) * (triangular(t) - triangular(t - 1)) < 0]
-    assert turns == [60, 120, 180, 240]
+    restarts = np.diff([make_schedule("restarts", 301, 0.0, 0.0)(step) for step in range(301)])
+    assert list(np.flatnonzero(restarts > 0)) == [99, 199]
+    slopes = np.diff([make_schedule("triangular", 301, 0.0, 0.0)(step) for step in range(301)])
+    assert list(np.flatnonzero(slopes[1:] * slopes[:-1] < 0) + 1) == [60, 120, 180, 240]
 
 
 def test_plateau_halves_after_five_evaluations_without_one_percent():
@@ -76,8 +82,12 @@ def test_plateau_halves_after_five_evaluations_without_one_percent():
     assert Plateau(4, 0.2)(0) == 0.25
 
 
-@pytest.mark.parametrize("bad", [("sine", 10, 0.1, 0.1), ("cosine", 0, 0.1, 0.1), ("cosine", 10, 1.5, 0.1),
-                                 ("cosine", 10, 0.1, -0.1), ("cosine", 10, math.nan, 0.1)])
+@pytest.mark.parametrize("bad", [
+    ("sine", 10, 0.1, 0.1),
+    ("cosine", 0, 0.1, 0.1),
+    ("cosine", 10, 1.5, 0.1),
+    ("cosine", 10, 0.1, -0.1),
+    ("cosine", 10, math.nan, 0.1)])
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError):
         make_schedule(*bad)

@@ -166,6 +166,7 @@ def test_adamw_with_its_preconditioner_held_fixed(factor, diverges):
             break
     assert (w.abs().item() > 1e-5) == diverges
     assert stability_threshold("muon", lr, 0.95, 0.9) is None
+    assert stability_threshold("sgd", 0.0, 0.9, 0.9) is None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -249,8 +250,12 @@ def test_pictures(folder):
         run(f"lr{lr}", "--optimizer", "sgd", "--sharpness", "2", "--grad-clip", "0", "--lr", lr)
         runs.append(plot.read_run(folder / f"lr{lr}"))
     assert (folder / "lr0.01/sharpness.png") in plot.draw_run(folder / "lr0.01")
-    assert list(runs[0]["hessian"]["step"]) == [0, 2, 4, 6, 8, 10] and len(runs[0]["train"]["step"]) == 12
+    measured = np.isfinite(runs[0]["metrics"]["sharpness_ratio"])
+    assert list(runs[0]["metrics"]["step"][measured]) == [0, 2, 4, 6, 8, 10]
+    assert len(runs[0]["train"]["step"]) == 12
     for one in runs:
         one.update(status=one["summary"]["status"], setting="")
-    for draw in (plot.draw_sharpness, plot.draw_edge):
-        assert len(draw(runs, plot.looks(runs)).axes) == 2
+    look = plot.looks(runs)
+    pictures = [plot.draw_curves(runs, look, ["sharpness", "train_loss"]), plot.draw_edge(runs, look)]
+    for i, fig in enumerate(pictures):
+        assert len(fig.axes) == 2 and plot.save(fig, folder / f"{i}.png").exists()
