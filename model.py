@@ -200,7 +200,8 @@ class MoE(nn.Module):
         logits = F.linear(tokens.to(self.router.dtype), self.router)        # (N, n_experts)
         probs = logits.softmax(-1)
         weights, experts = probs.sort(descending=True)                      # compiled faster than topk
-        weights = weights[:, :k] / weights[:, :k].sum(-1, keepdim=True)     # (N, k)
+        weights = weights[:, :k]                                            # (N, k)
+        weights = weights / weights.sum(-1, keepdim=True)
         experts = experts[:, :k].flatten()                                  # (N k,), of token i // k
 
         # Compute: assignments sorted by expert, each expert's slice, added up by token.

@@ -692,6 +692,11 @@ def positive(text):
         raise ValueError
     return int(text)
 
+def nats(text):
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
 def parse_vary(texts):
     """["a=1,2", "b,c=3:4,5:6"] -> every combination, tuples of (flag, value); [] -> one empty setting."""
     axes = []
@@ -724,13 +729,14 @@ def parse_flags(argv):
     add("-h", "--help", action="help", help="show this and stop")
     add("--lrs", nargs="+", type=learning_rate, help="rates to start from")
     add("--seeds", type=positive, default=1, help="of the rates that matter")
-    add("--refine", type=int, default=0, help="halve the distance between rates around the best, so often")
+    add("--refine", type=int, default=0, choices=range(10),
+        help="halve the distance between rates around the best, so often")
     add("--vary", action="append", default=[], help="FLAG=V1,V2 of train.py, or FLAG1,FLAG2=A:B,C:D")
     add("--widen", action=argparse.BooleanOptionalAction, default=True,
         help="go outward to the edge and close in on the best; --no-widen: only the rates given")
     add("--max-runs", type=positive, help="at most this many; None: 16 for each setting and seed")
     add("--jobs", type=positive, help="runs at once; None: as many as pay")
-    add("--margin", type=float, default=0.01, help="nats: settings within it are called the same")
+    add("--margin", type=nats, default=0.01, help="nats: settings within it are called the same")
     add("--name", help="folder under runs/; None: from the flags")
     add("--device", default="auto", help="as train.py takes it")
     add("--mix-code", action="store_true", help="compare runs of edited code with those before the edit")

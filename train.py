@@ -617,10 +617,10 @@ def run(args, config):
             pending.pop().result()                          # raises what went wrong with the last one
         pending.append(saver.submit(write_checkpoint, out / "checkpoints" / name, copy))
 
-    stop = []
+    step, stop = start, []
 
-    def on_signal(number, frame):                           # once: finish the step and save; twice: now
-        if stop:
+    def on_signal(number, frame):           # once: finish the step and save; twice, or before any step: now
+        if stop or step == start:
             os._exit(128 + number)
         stop.append(number)
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -633,7 +633,6 @@ def run(args, config):
     say(f"{args.optimizer} at {args.lr:g} on {device}, {dtype}, compiled by {backend} -> {out}, step {start}")
 
     # The loop ----------------------------------------------------------------------------------
-    step = start
     diverged = plot.has_diverged(state["history"])
     began = time.perf_counter() - state["elapsed"]
     timed_from, timed_step = time.perf_counter(), start     # tokens_per_sec is that of training alone
