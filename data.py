@@ -467,6 +467,18 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
         raise DataError(f"cannot use {e.filename or cache}: {e.strerror or e} (corpora are prepared in "
                         f"{cache}, which must be a folder that you can write to)") from None
 
+def write_aside(path, content):
+    """Under another name first: a reader, or a machine that stops here, never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
+    finally:
+        aside.unlink(missing_ok=True)
+
 def lock(folder, wait=False):
     """Own a folder until the file that this returns is closed, or this process ends, however it ends. Another
     owner is waited for (wait), or named in a DataError."""

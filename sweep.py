@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 
 import plot
-from data import DataError, cores, lock
+from data import DataError, cores, lock, write_aside
 
 TRAIN = Path(os.environ.get("NANOLR_TRAIN") or Path(__file__).with_name("train.py")).resolve()
 
@@ -457,7 +457,7 @@ def prepare(plan, key, meta):
             check(plot.read_runs(plan.dir), plan.mix_code)
         ask_train(plan, key, "--prepare")   # in plain sight
         plan.owner = lock(plan.dir)
-        write(plan.dir / "sweep.json", json.dumps(meta, indent=1))
+        write_aside(plan.dir / "sweep.json", json.dumps(meta, indent=1).encode())
         print(f"runs go to {plan.dir}, {plan.jobs} at a time")
 
 def search(plan, meta):
@@ -647,12 +647,6 @@ def write_up(insights):
         text.append(markdown([s["correlation"]], "loss", "accuracy", "perplexity"))
     return "\n\n".join(text).replace(" \n", "\n") + "\n"
 
-def write(path, text):
-    """Aside, then renamed: a reader never sees half a file."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8", newline="")
-    aside.replace(path)
-
 def report(dir, margin):
     """Reads the runs under dir, and writes table, analysis and all pictures there; returns the analysis."""
     runs = plot.read_runs(dir) if dir.is_dir() else []
@@ -672,9 +666,9 @@ def report(dir, margin):
         if not (run["dir"] / "loss_curves.png").exists():
             plot.draw_run(run["dir"])
     text = write_up(insights)
-    write(dir / "summary_table.csv", table.getvalue())
-    write(dir / "insights.json", json.dumps(insights, indent=1, allow_nan=False))
-    write(dir / "lr_sweep_analysis.md", text)
+    write_aside(dir / "summary_table.csv", table.getvalue().encode())
+    write_aside(dir / "insights.json", json.dumps(insights, indent=1, allow_nan=False).encode())
+    write_aside(dir / "lr_sweep_analysis.md", text.encode())
     plot.draw_sweep(dir, runs, insights)
     return text
 
@@ -796,7 +790,7 @@ def main(argv):
         if plan.owner is None:
             plan.owner = lock(plan.dir)
             print("all runs were finished before and are kept; for new ones choose another --name")
-        write(plan.dir / "sweep.json", json.dumps(dict(meta, ended=ended), indent=1))
+        write_aside(plan.dir / "sweep.json", json.dumps(dict(meta, ended=ended), indent=1).encode())
         text = report(plan.dir, plan.margin).split("## ")[0].replace("**", "")
         print(f"\n{text}Table, analysis and pictures: {plan.dir}")
         return int(bool(plan.failed))

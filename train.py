@@ -404,29 +404,17 @@ def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
 # --------------------------------------------------------------------------------------------------
 # The folder of a run
 
-def write_aside(path, content):
-    """Under another name first: a reader, or a machine that stops here, never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        aside.write_bytes(content)
-        aside.replace(path)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, str(path)) from None
-    finally:
-        aside.unlink(missing_ok=True)
-
 def write_json(path, value):
     """JSON has no nan: what is not finite becomes null."""
     for key, item in value.items():
         if isinstance(item, float) and not math.isfinite(item):
             value[key] = None
-    write_aside(path, (json.dumps(value, indent=2) + "\n").encode())
+    data.write_aside(path, (json.dumps(value, indent=2) + "\n").encode())
 
 def write_checkpoint(path, value):
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    write_aside(path, buffer.getvalue())
+    data.write_aside(path, buffer.getvalue())
 
 def read_checkpoint(path, device):
     """The checkpoint, or None where none can be used. It is a zip with a checksum for each tensor."""
@@ -591,7 +579,7 @@ def run(args, config):
     counts = count_parameters(config)
     if master:
         owner = data.lock(out)
-        write_aside(metrics_path, (saved["metrics"] if saved else ",".join(columns) + "\r\n").encode())
+        data.write_aside(metrics_path, (saved["metrics"] if saved else ",".join(columns) + "\r\n").encode())
         metrics_file = metrics_path.open("a", newline="", buffering=1)      # each row reaches the disk
         writer = csv.DictWriter(metrics_file, columns)
         log_file = (out / "training.log").open("a", errors="backslashreplace", buffering=1)
