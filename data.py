@@ -32,6 +32,7 @@ import time
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from heapq import heappop, heappush
@@ -58,33 +59,29 @@ class DataError(ValueError):
 # --------------------------------------------------------------------------------------------------
 # Tokenizer: text to ids and back
 
-# GPT-2's stand-ins for the 256 bytes: a printable Latin-1 character for itself, U+0100 and on for the rest.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = PRINTABLE + sorted(set(range(256)) - set(PRINTABLE))
-BYTE_TO_CHAR = dict(zip(BYTES, map(chr, [*PRINTABLE, *range(256, 512)])))
+# GPT-2 writes each byte as a printable character: its own of Latin-1 or, where that has none, U+0100 and on.
+spare = map(chr, range(256, 512))
+BYTE_TO_CHAR = {b: chr(b) if b > 32 and chr(b).isprintable() else next(spare) for b in range(256)}
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
-# The two ways of cutting text into pieces that are understood.
+# GPT-2 cuts text by 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ into pieces.
+# Python's re has no \p, but its \w is just L, N and "_", and its \d is Nd: NUM stands for the rest of N. Its \s
+# has U+001C to U+001F, which are no spaces. No word has 1,000 letters, and to merge a million takes hours.
+GPT2_PATTERN = (r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_NUM]+| ?[\dNUM]+| ?(?:[^\w\s]|[_\x1c-\x1f])+"
+                r"|[^\S\x1c-\x1f]+(?![\S\x1c-\x1f])|[^\S\x1c-\x1f]+").replace("+", "{1,1000}")
+COSMO2_PATTERN = r"[\dNUM]|[^\S\x1c-\x1f]{1,1000}(?=[\dNUM])|" + GPT2_PATTERN  # each digit for itself
+
+# The two of tokenizer.json's ways to cut text that are understood, and what else it may say.
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 COSMO2 = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2]}
 PLAIN_KEYS = {"type", "unk_token", "vocab", "merges", "id", "content", "special", "normalized"}
 
-def pieces(text, digits=False):
-    r"""The pieces of a text, a list of str, by GPT-2's pattern:
-
-    's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-
-    Python's re has no \p, but its \w is just L, N and "_", and its \d is Nd: `other` is the rest of N, as far
-    as the text has it. Its \s has U+001C..U+001F, which are no spaces. digits: each digit is a piece."""
-    other = ""
+def pieces(text, pattern=GPT2_PATTERN):
+    """The pieces of a text, a list of str."""
+    numbers = ""
     if not text.isascii():
-        other = "".join(sorted(c for c in set(text) if unicodedata.category(c) in ("No", "Nl")))
-    some = "{1,1000}"  # for +, as no word is longer, and to merge a million letters takes hours
-    number = rf"[\d{other}]" if digits else rf" ?[\d{other}]{some}"
-    word = rf"'(?:[stmd]|re|ve|ll)| ?[^\W\d_{other}]{some}|{number}| ?(?:[^\w\s]|[_\x1c-\x1f]){some}"
-    space = rf"[^\S\x1c-\x1f]{some}"
-    end = rf"\d{other}" if digits else ""
-    return re.findall(rf"{word}|{space}(?![^\s{end}]|[\x1c-\x1f])|{space}", text)
+        numbers = "".join(sorted(c for c in set(text) if unicodedata.category(c) in ("No", "Nl")))
+    return re.findall(pattern.replace("NUM", numbers), text)
 
 class Tokenizer:
     """Byte-level BPE from the content of a tokenizer.json. Inside, the token i is the character chr(i).
@@ -92,30 +89,27 @@ class Tokenizer:
     vocab_size: 1 + the largest id. eot: the id of <|endoftext|>. bytes: {id: bytes}. A file that may give
     other ids here than in the `tokenizers` library is refused: DataError."""
     def __init__(self, spec):
-        model = spec["model"]
-        added = spec["added_tokens"]
-        odd = {key for part in [model, *added] for key in part if part[key]} - PLAIN_KEYS
-        known = spec["pre_tokenizer"] in (GPT2, COSMO2) and model["type"] == "BPE"
-        if odd or not known or spec.get("normalizer"):
-            raise DataError("only byte-level BPE in the form of GPT-2's or cosmo2's is supported")
-        special = {token["content"]: token["id"] for token in added}
-        vocab = {**model["vocab"], **special}
-        if not all(type(i) is int and 0 <= i < 65536 for i in vocab.values()):
-            raise DataError("not all ids are from 0 to 65,535")
         self.spec = spec
-        self.digits = spec["pre_tokenizer"] == COSMO2
+        model, added = spec["model"], spec["added_tokens"]
+        vocab = model["vocab"] | {token["content"]: token["id"] for token in added}
         self.vocab_size = max(vocab.values()) + 1
+        odd = {key for part in [model, *added] for key in part if part[key]} - PLAIN_KEYS
+        known = model["type"] == "BPE" and spec["pre_tokenizer"] in (GPT2, COSMO2)
+        if odd or not known or spec.get("normalizer") or self.vocab_size > 65536:
+            raise DataError("only BPE in the form of GPT-2's or cosmo2's, with 16-bit ids, is supported")
+        self.pattern = GPT2_PATTERN if spec["pre_tokenizer"] == GPT2 else COSMO2_PATTERN
         self.eot = vocab[EOT]
         self.bytes = {i: bytes(map(CHAR_TO_BYTE.get, token)) for token, i in vocab.items()}
-        self.symbol = {token: chr(i) for token, i in vocab.items()}
-        unknown = self.symbol.get(model.get("unk_token"))  # None: a byte that is no token is left out
-        self.byte_symbols = {byte: self.symbol.get(char, unknown) for byte, char in BYTE_TO_CHAR.items()}
+        symbol = {token: chr(i) for token, i in vocab.items()}
+        unknown = symbol.get(model.get("unk_token"))  # None: a byte that is no token is left out
+        self.byte_symbols = {byte: symbol.get(char, unknown) for byte, char in BYTE_TO_CHAR.items()}
         self.merges = {}  # {two symbols: (rank, the one that takes their place)}
         for pair in model["merges"]:
             a, b = pair.split(" ") if isinstance(pair, str) else pair
-            self.merges[self.symbol[a] + self.symbol[b]] = len(self.merges), self.symbol[a + b]
-        names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-        self.special_pattern = re.compile(f"({names})")
+            self.merges[symbol[a] + symbol[b]] = len(self.merges), symbol[a + b]
+        self.special = {token["content"]: symbol[token["content"]] for token in added}
+        longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
+        self.split = re.compile(f"({'|'.join(longest_first)})").split
         self.merged = lru_cache(1 << 18)(self.merge)  # bounded: a huge corpus has no end of rare pieces
 
     @classmethod
@@ -136,18 +130,18 @@ class Tokenizer:
     def encode_str(self, text):
         """The ids of a text as the characters of a str."""
         out = []
-        for i, part in enumerate(self.special_pattern.split(text)):
-            if i % 2:  # every other part is a special token
-                out.append(self.symbol[part])
+        for part in self.split(text):
+            if part in self.special:
+                out.append(self.special[part])
             else:
-                out.extend(map(self.merged, pieces(part, self.digits)))
+                out.extend(map(self.merged, pieces(part, self.pattern)))
         return "".join(out)
 
     def encode(self, text):
         return list(map(ord, self.encode_str(text)))
 
     def decode(self, ids):
-        return b"".join(self.bytes[i] for i in ids).decode("utf-8", errors="replace")
+        return b"".join(map(self.bytes.get, ids)).decode("utf-8", errors="replace")
 
 def train_bpe(piece_counts, vocab_size):
     """Learn merges from {piece: how often}, until there are vocab_size tokens or no pair occurs twice.
@@ -156,20 +150,34 @@ def train_bpe(piece_counts, vocab_size):
     Counts are kept up to date, and an index tells which words may hold a pair: a merge costs what changes."""
     tokens = [EOT, *sorted(CHAR_TO_BYTE)]
     symbols = {byte: chr(tokens.index(char)) for byte, char in BYTE_TO_CHAR.items()}
-    words = [piece.encode().decode("latin-1").translate(symbols) for piece in piece_counts]
     frequency = list(piece_counts.values())
+    words = [""] * len(frequency)
     counts = Counter()  # of each pair
     places = defaultdict(list)  # the words that hold it, or did
-    for i, word in enumerate(words):
+    changed = set()  # pairs whose counts are not in the queue
+
+    def rewrite(i, word, new=""):
+        n = frequency[i]
+        for pair in map(add, words[i], words[i][1:]):
+            counts[pair] -= n
         for pair in map(add, word, word[1:]):
-            counts[pair] += frequency[i]
-            places[pair].append(i)
-    queue = sorted((-count, pair) for pair, count in counts.items())  # a sorted list is a heap
+            counts[pair] += n
+            if new in pair:
+                places[pair].append(i)
+                changed.add(pair)
+        words[i] = word
+
+    for i, piece in enumerate(piece_counts):
+        rewrite(i, piece.encode().decode("latin-1").translate(symbols))
+    queue = [(0, "")]  # the last to go, when no pair is left
     merges = []
-    while queue and len(tokens) < vocab_size:
-        count, pair = heappop(queue)
-        if -count != counts[pair]:  # it has fallen since this entry was made: queue the right one
+    while len(tokens) < vocab_size:
+        for pair in changed:
             heappush(queue, (-counts[pair], pair))
+        changed.clear()
+        count, pair = heappop(queue)
+        if -count != counts[pair]:  # it has fallen since this entry was made
+            changed.add(pair)
             continue
         if -count < 2:
             break
@@ -177,21 +185,9 @@ def train_bpe(piece_counts, vocab_size):
         merges.append(f"{a} {b}")
         new = chr(len(tokens))
         tokens.append(a + b)
-        changed = set()
         for i in places.pop(pair):
-            old = words[i]
-            if pair not in old:  # an earlier merge took it, or this word was listed twice
-                continue
-            words[i] = old.replace(pair, new)
-            for p in map(add, old, old[1:]):
-                counts[p] -= frequency[i]
-            for p in map(add, words[i], words[i][1:]):
-                counts[p] += frequency[i]
-                if new in p:
-                    places[p].append(i)
-                    changed.add(p)
-        for p in changed:
-            heappush(queue, (-counts[p], p))
+            if pair in words[i]:  # no earlier merge took it
+                rewrite(i, words[i].replace(pair, new), new)
     vocab = {token: i for i, token in enumerate(tokens)}
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     return Tokenizer({"version": "1.0", "added_tokens": [{"id": 0, "content": EOT, "special": True, **flags}],
@@ -204,6 +200,22 @@ def train_bpe(piece_counts, vocab_size):
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 ROWS = HUB.replace("://", "://datasets-server.")
 REVISION = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"  # of TinyStories: a revision never changes
+
+def receive(url, file, n_bytes):
+    """Append what one answer brings of the first n_bytes. ConnectionError: that was not all of it."""
+    request = Request(url, headers={"User-Agent": "nanoLR", "Range": f"bytes={file.tell()}-{n_bytes - 1}"})
+    token = re.sub("[^!-~]", "", os.environ.get("HF_TOKEN", ""))  # an error would show one with a line break
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # goes to no other host
+    with urlopen(request, timeout=30) as response:
+        if response.status != 206:  # a server that ignores Range sends it all
+            file.seek(file.truncate(0))
+        while chunk := response.read(1 << 18):
+            if b"\0" in chunk or not file.tell() and re.match(rb"\s*<[!?a-zA-Z]", chunk):
+                raise ValueError("it sent a web page or binary data in place of text")
+            file.write(chunk)
+        if response.length:
+            raise ConnectionError(f"{response.length:,} bytes of the answer are missing")
 
 def download(url, path, n_bytes=10**15):
     """Fetch a text file, or its first n_bytes, unless it is there, fetched or put there by hand. It arrives
@@ -221,30 +233,14 @@ def download(url, path, n_bytes=10**15):
             except (URLError, HTTPException, ConnectionError, TimeoutError, ValueError) as e:
                 failures = 1 if file.tell() > have else failures + 1
                 status = getattr(e, "code", 500 if file.tell() else 400)  # no network, if nothing ever came
-                refused = isinstance(e, ValueError) or status < 500 and status not in (408, 416, 429)
-                if refused or failures > 5:
-                    hint = f"put it at {path} by hand, or use --data stdlib, which needs no network"
-                    raise DataError(f"cannot fetch {path.name} from {url} ({e}): {hint}") from None
+                passing = status >= 500 or status in (408, 416, 429)
+                if failures > 5 or not passing or isinstance(e, ValueError):
+                    raise DataError(f"cannot fetch {path.name} from {url} ({e}): put it at {path} by hand, "
+                                    "or use --data stdlib, which needs no network") from None
                 if status == 416:  # what is here is longer than the file
                     file.seek(file.truncate(0))
                 time.sleep(2**failures)
     part.replace(path)
-
-def receive(url, file, n_bytes):
-    """Append what one answer brings of the first n_bytes. ConnectionError: that was not all of it."""
-    request = Request(url, headers={"User-Agent": "nanoLR", "Range": f"bytes={file.tell()}-{n_bytes - 1}"})
-    token = re.sub("[^!-~]", "", os.environ.get("HF_TOKEN", ""))  # an error would show one with a line break
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")  # goes to no other host
-    with urlopen(request, timeout=30) as response:
-        if response.status != 206:  # a server that ignores Range sends it all
-            file.seek(file.truncate(0))
-        while chunk := response.read(1 << 18):
-            if b"\0" in chunk or not file.tell() and re.match(rb"\s*<[!?a-zA-Z]", chunk):
-                raise ValueError("it sent a web page or binary data in place of text")
-            file.write(chunk)
-        if response.length:
-            raise ConnectionError(f"{response.length:,} bytes of the answer are missing")
 
 def tinystories(folder, megabytes, vocab_size):
     """Short stories in the words of small children (Eldan & Li 2023), as GPT-4 wrote them: 2.2 GB."""
@@ -264,35 +260,33 @@ def cosmopedia(folder, megabytes, vocab_size):
         tokenizer = Tokenizer.load(path)
     url = f"{ROWS}/rows?dataset=HuggingFaceTB%2Fsmollm-corpus&config=cosmopedia-v2&split=train&length=100"
     text = ""
+    rows = range(100)
     for offset in range(0, 10**9, 100):
         page = folder / f"cosmopedia-v2-rows-{offset}.json"
         download(f"{url}&offset={offset}", page)
         try:
-            rows = [row["row"]["text"] for row in json.loads(page.read_bytes())["rows"]]
+            rows = [row["row"]["text"] or "" for row in json.loads(page.read_bytes())["rows"]]
+            text += EOT.join([*rows, ""])
         except Exception as e:
             page.unlink()
             raise DataError(f"{ROWS} sent no rows of text ({e!r}): try again, or use --data stdlib") from None
-        text += "".join(f"{row}\n{EOT}\n" for row in rows if row)
         if len(rows) < 100 or len(text) > megabytes << 20:
             break
     path = folder / f"cosmopedia-v2-{megabytes}MB.txt"
-    path.write_bytes(text.encode(errors="replace"))
+    write_aside(path, text.encode(errors="replace"))
     return [path], [], tokenizer
 
 NETWORK = {"tinystories": tinystories, "cosmopedia": cosmopedia}
 
 def files_of(name, cache):
     """The sorted paths of a text file, of the files in a folder, or of the standard library's source."""
-    root = name and os.path.abspath(name)
-    suffix = ""
-    skip = {"__pycache__"}
+    root, suffix, skip = name and os.path.abspath(name), "", r"\..*|__pycache__"
     if name == "stdlib":
-        root = os.path.dirname(os.__file__)
-        suffix = ".py"
-        skip |= {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        root, suffix = os.path.dirname(os.__file__), ".py"
+        skip += "|tests?|idle_test|(site|dist)-packages"
     found = [root]
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [d for d in subfolders if d[0] != "." and d not in skip and Path(folder, d) != cache]
+        subfolders[:] = [d for d in subfolders if not re.fullmatch(skip, d) and Path(folder, d) != cache]
         found += [os.path.join(folder, name) for name in names if name.endswith(suffix) and name[0] != "."]
     found = sorted(filter(os.path.isfile, found))
     if not found:
@@ -306,39 +300,36 @@ def read(files):
     """(documents, files that are no UTF-8 text). A document is what stands between <|endoftext|>, or a file.
     A single file without <|endoftext|> is cut at ends of lines, so that plain text has a validation side too:
     neighbours of training text, never the same."""
-    documents = []
-    skipped = []
+    documents, skipped = [], []
     for path in files:
         try:
-            with open(path, "rb") as file:
-                if b"\0" in file.read(CHUNK):  # do not read on: it may be huge
+            with open(path, encoding="utf-8", newline="") as file:
+                text = file.read(CHUNK)
+                if "\0" in text:  # do not read on: it may be huge
                     raise ValueError("binary")
-                file.seek(0)
-                text = file.read().decode()
-            if EOT in text:
-                documents += map(str.strip, text.split(EOT))
-            elif len(files) > 1:
-                documents.append(text)
-            else:
-                size = min(max(len(text) // 64, 128), 8192)
-                documents += re.findall(rf"(?s).{{1,{size}}}(?:(?<=\n)|\Z)|.{{1,{size}}}", text)
+                text += file.read()
         except (OSError, ValueError):
             skipped.append(path)
+            continue
+        if EOT in text:
+            documents += map(str.strip, text.split(EOT))
+        elif len(files) > 1:
+            documents.append(text)
+        else:
+            size = min(max(len(text) // 64, 128), 8192)
+            documents += re.findall(rf"(?s).{{1,{size}}}(?:(?<=\n)|\Z)|.{{1,{size}}}", text)
     return list(filter(None, documents)), skipped
-
-def content_hash(document):
-    return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "little")
 
 def choose_validation(documents):
     """The documents to validate on: the lowest hashes, until they have 5% of the bytes (10% of few). So equal
     documents are on the same side. A document larger than all that stays out."""
     sizes = {document: len(document.encode()) for document in documents}
-    total = sum(sizes[document] for document in documents)
+    hashes = {d: hashlib.blake2b(d.encode(), digest_size=8).digest()[::-1] for d in sizes}
+    total = sum(map(sizes.get, documents))
     target = max(total // 20, min(total // 10, 1 << 16))
     largest = max(target, min(sizes.values(), default=0))
-    chosen = set()
-    n_bytes = 0
-    for document in sorted(documents, key=content_hash):
+    chosen, n_bytes = set(), 0
+    for document in sorted(documents, key=hashes.get):
         if n_bytes < target and sizes[document] <= largest:
             chosen.add(document)
             n_bytes += sizes[document]
@@ -352,16 +343,14 @@ load_tokenizer = lru_cache(1)(Tokenizer.load)  # once in each process
 
 def encode(batch, tokenizer_path):
     """The ids of some documents, as little-endian uint16."""
-    tokenizer = load_tokenizer(tokenizer_path)
-    ids = "".join(tokenizer.encode_str(document + EOT) for document in batch)
-    return ids.encode("utf-16-le", "surrogatepass")
+    text = EOT.join([*batch, ""])
+    return load_tokenizer(tokenizer_path).encode_str(text).encode("utf-16-le", "surrogatepass")
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle, and its death for all
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
 def parallel(pool, work, documents, title):
@@ -390,9 +379,9 @@ def prepare(files, val_files, tokenizer, vocab_size, folder):
                 print(f"the text gives {tokenizer.vocab_size:,} of {vocab_size:,} tokens", file=sys.stderr)
         path = folder / "tokenizer.json"
         path.write_text(json.dumps(tokenizer.spec, ensure_ascii=False, indent=1), encoding="utf-8")
-        for side, documents in (("train", train), ("val", val)):
-            with open(folder / f"{side}.bin", "wb") as file:
-                file.writelines(parallel(pool, partial(encode, tokenizer_path=path), documents, side))
+        for name, documents in ("train.bin", train), ("val.bin", val):
+            with open(folder / name, "wb") as file:
+                file.writelines(parallel(pool, partial(encode, tokenizer_path=path), documents, name))
 
 # --------------------------------------------------------------------------------------------------
 # Loading: a prepared corpus, its batches and its validation windows
@@ -408,23 +397,22 @@ class Corpus:
 
 def count_tokens(tokens, vocab_size):
     """(vocab_size,) how often each id occurs; a part at a time, as bincount makes int64 of it."""
-    starts = range(0, len(tokens), CHUNK)
-    return sum(np.bincount(tokens[i:i + CHUNK], minlength=vocab_size) for i in starts)
+    parts = np.array_split(tokens, len(tokens) // CHUNK + 1)
+    return sum(np.bincount(part, minlength=vocab_size) for part in parts)
 
 def open_corpus(folder, label):
     """The corpus in a folder, with a meta that is counted from its files alone."""
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(path)
     token_bytes = np.array([len(tokenizer.bytes.get(i, b"")) for i in range(tokenizer.vocab_size)])
     token_bytes[tokenizer.eot] = 0
     meta = {"corpus": label, "vocab_size": tokenizer.vocab_size}
-    meta["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    sides = {}
-    for side in ("train", "val"):
-        tokens = np.memmap(folder / f"{side}.bin", "<u2", "r")
-        counts = count_tokens(tokens, tokenizer.vocab_size)
-        meta |= {f"{side}_bytes": int(counts @ token_bytes), f"{side}_tokens": len(tokens),
-                 f"{side}_sha256": hashlib.sha256(tokens).hexdigest()}
-        sides[side] = tokens
+    meta["tokenizer_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    sides = {side: np.memmap(folder / f"{side}.bin", "<u2", "r") for side in ("train", "val")}
+    for side, tokens in sides.items():
+        meta[f"{side}_bytes"] = int(count_tokens(tokens, tokenizer.vocab_size) @ token_bytes)
+        meta[f"{side}_tokens"] = len(tokens)
+        meta[f"{side}_sha256"] = hashlib.sha256(tokens).hexdigest()
     return Corpus(folder, meta, tokenizer, token_bytes, **sides)
 
 def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
@@ -432,7 +420,7 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
     in a folder under `cache` unless it is there. n_tokens: how many training tokens a run will read; no more
     is fetched from the network than that. Raises DataError for what a user can put right."""
     if not 257 <= vocab_size <= 65536:
-        raise DataError(f"a vocabulary of {vocab_size:,} is not possible: use 257 (bytes, {EOT}) to 65,536")
+        raise DataError(f"a vocabulary of {vocab_size} is not possible: use 257 (bytes, {EOT}) to 65536")
     cache = Path(os.path.abspath(cache))
     try:
         if name in NETWORK:
@@ -441,19 +429,17 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
             label = f"{name}-{megabytes}MB"
             content = REVISION
         else:
-            text = [files_of(name, cache), [], None]
+            text = files_of(name, cache), [], None
             label = os.path.basename(os.path.abspath(name))[:100]
             content = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in text[0]]
         source = hashlib.sha256(repr(content).encode()).hexdigest()[:8]
         folder = cache / f"{label}-{source}-{vocab_size}"
         meta = folder / "meta.json"
         with lock(folder, wait=True):  # of several processes one prepares it
-            try:
+            with suppress(Exception):  # whatever is missing or damaged, it is made anew
                 corpus = open_corpus(folder, label)
                 if corpus.meta == json.loads(meta.read_bytes()):
                     return corpus
-            except Exception:  # whatever is missing or damaged, it is made anew
-                pass
             if name in NETWORK:
                 with lock(cache / "downloads", wait=True):
                     text = NETWORK[name](cache / "downloads", megabytes, vocab_size)
@@ -464,8 +450,7 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
     except (BrokenExecutor, MemoryError):
         raise DataError("a process that prepared the text was killed, or ran out of memory") from None
     except OSError as e:
-        raise DataError(f"cannot use {e.filename or cache}: {e.strerror or e} (corpora are prepared in "
-                        f"{cache}, which must be a folder that you can write to)") from None
+        raise DataError(f"cannot use {cache}, which must be a folder to write to: {e}") from None
 
 def write_aside(path, content):
     """Under another name first: a reader, or a machine that stops here, never sees half a file."""
@@ -503,31 +488,31 @@ def lock(folder, wait=False):
     print(os.getpid(), end="", file=file, flush=True)
     return file
 
-def windows(tokens, starts, context_length):
-    """x, y: (len(starts), context_length) int64 tensors on the CPU, y one token later."""
-    import torch  # not on top: the processes that prepare a corpus need none
-    every = np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)
-    both = torch.from_numpy(every[starts].astype(np.int64))  # (B, T + 1)
-    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
-
-def check_length(tokens, context_length):
+def windows(tokens, context_length):
+    """(len(tokens) - context_length, context_length + 1): every window, as a view."""
     if len(tokens) <= context_length:
         raise DataError(f"only {len(tokens):,} tokens: use --context-length {len(tokens) - 1} or less")
+    return np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)
+
+def inputs_and_targets(chosen):
+    """x, y: (B, T) int64 tensors on the CPU from windows (B, T + 1), y one token later."""
+    import torch  # not on top: the processes that prepare a corpus need none
+    both = torch.from_numpy(chosen.astype(np.int64))
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 def get_batch(tokens, batch_size, context_length, seed, step):
     """x, y: (batch_size, context_length) int64. A counter-based generator (Philox, Salmon et al. 2011) with
-    the key (seed, step) draws where the windows start: every learning rate sees the same batches, and a
-    resumed run needs no generator state."""
-    check_length(tokens, context_length)
+    the key (seed, step) draws the windows: every learning rate sees the same batches, and a resumed run needs
+    no generator state."""
+    every = windows(tokens, context_length)
     random = np.random.Generator(np.random.Philox(key=seed % 2**64 + (step << 64)))
-    return windows(tokens, random.integers(0, len(tokens) - context_length, batch_size), context_length)
+    return inputs_and_targets(every[random.integers(0, len(every), batch_size)])
 
 def val_windows(tokens, context_length, max_tokens):
     """x, y: (W, context_length) int64: always the same windows, evenly spread and apart; W >= 1."""
-    check_length(tokens, context_length)
-    available = (len(tokens) - 1) // context_length
-    n = min(max(max_tokens // context_length, 1), available)
-    return windows(tokens, np.arange(n) * available // n * context_length, context_length)
+    apart = windows(tokens, context_length)[::context_length]
+    n = min(max(max_tokens // context_length, 1), len(apart))
+    return inputs_and_targets(apart[np.arange(n) * len(apart) // n])
 
 # --------------------------------------------------------------------------------------------------
 # python data.py NAME
@@ -536,36 +521,30 @@ def show(corpus):
     """What a learner wants to see of a corpus."""
     meta = corpus.meta
     bytes_per_token = meta["train_bytes"] / meta["train_tokens"]
-    print(f"{corpus.folder}: a vocabulary of {meta['vocab_size']:,}, {meta['train_tokens']:,} tokens of text,"
-          f" {meta['val_tokens']:,} to validate on, {bytes_per_token:.2f} bytes a token")
+    print("{}: a vocabulary of {vocab_size:,}, {train_tokens:,} tokens of text, {val_tokens:,} to validate on, "
+          "{:.2f} bytes a token".format(corpus.folder, bytes_per_token, **meta))
     p = count_tokens(corpus.train, meta["vocab_size"]) / meta["train_tokens"]
     bits_per_byte = -p @ np.log2(p + 1e-30) / bytes_per_token
     print(f"Knowing only how often each token occurs: {bits_per_byte:.3f} bits a byte. Models do better.")
     print("The validation text begins (| between tokens):")
     print("|".join(corpus.tokenizer.decode([i]) for i in corpus.val[:150]), flush=True)
 
-def fail(message):
-    print(f"data.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
 def main():
     parser = argparse.ArgumentParser(description="Prepare a corpus and show what a model will see.")
-    parser.error = fail  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # one line, without the usage
     parser.add_argument("name", nargs="?", default="stdlib", help="stdlib, tinystories, cosmopedia or a path")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens, at most (default: %(default)s)")
     parser.add_argument("--tokens", type=float, default=1e6, help="to fetch from the network (default: 1e6)")
     parser.add_argument("--cache", default="data", help="folder of prepared corpora (default: %(default)s)")
     args = parser.parse_args()
     if not 1 <= args.tokens <= 1e12:
-        fail(f"--tokens {args.tokens:g}: use a number from 1 to 1e12")
+        parser.error(f"--tokens {args.tokens:g}: use a number from 1 to 1e12")
     try:
         (sys.stdout or sys.stderr).reconfigure(errors="backslashreplace")  # show any token in any locale
         show(load(args.name, args.vocab_size, int(args.tokens), args.cache))
-    except DataError as e:
-        fail(e)
-    except OSError as e:  # whoever read the lines has gone (| head), or what they go to is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        fail(f"cannot write to the standard output: {e}")
+    except (DataError, OSError) as e:  # OSError: whoever read the lines has gone (| head), or the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written
+        parser.error(e)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a traceback; the workers follow
