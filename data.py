@@ -6,11 +6,10 @@ byte pair encoding (BPE) is trained on the others, and both become flat files of
 <|endoftext|> after each document. Training reads windows at places that (seed, step) alone determine.
 
 BPE (Sennrich et al. 2016; on bytes: Radford et al. 2019) starts from the 256 bytes and again and again makes
-the most frequent pair of neighbours a new token. Two ideas make it fast in plain Python:
-- Merges never cross a piece (a word with its leading space, a number, a run of punctuation), so equal pieces
-  are counted and merged once, however often they occur.
-- A piece is a str whose characters are token ids: merging a pair is str.replace, putting a document together
-  is str.join, and writing it as 16-bit ids is encoding it as UTF-16.
+the most frequent pair of neighbours a new token. Two ideas make it fast in plain Python. Merges never cross a
+piece (a word with its leading space, a number, a run of punctuation), so equal pieces are counted and merged
+once. And a piece is a str whose characters are token ids: merging a pair is str.replace, putting a document
+together is str.join, and writing it as 16-bit ids is encoding it as UTF-16.
 
     python data.py stdlib                      # the running Python's own library: no network
     python data.py my.txt --vocab-size 1000    # or a folder; each file is a document
@@ -65,8 +64,8 @@ BYTE_TO_CHAR = {b: chr(b) if b > 32 and chr(b).isprintable() else next(spare) fo
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 # GPT-2 cuts text by 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ into pieces.
-# Python's re has no \p, but its \w is just L, N and "_", and its \d is Nd: NUM stands for the rest of N. Its \s
-# has U+001C to U+001F, which are no spaces. No word has 1,000 letters, and to merge a million takes hours.
+# Python's re has no \p, but its \w is just L, N and "_", and its \d is Nd: NUM stands for the rest of N. Its
+# \s has U+001C to U+001F, which are no spaces. No word has 1,000 letters, and to merge a million takes hours.
 GPT2_PATTERN = (r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_NUM]+| ?[\dNUM]+| ?(?:[^\w\s]|[_\x1c-\x1f])+"
                 r"|[^\S\x1c-\x1f]+(?![\S\x1c-\x1f])|[^\S\x1c-\x1f]+").replace("+", "{1,1000}")
 COSMO2_PATTERN = r"[\dNUM]|[^\S\x1c-\x1f]{1,1000}(?=[\dNUM])|" + GPT2_PATTERN  # each digit for itself
@@ -84,21 +83,22 @@ def pieces(text, pattern=GPT2_PATTERN):
     return re.findall(pattern.replace("NUM", numbers), text)
 
 class Tokenizer:
-    """Byte-level BPE from the content of a tokenizer.json. Inside, the token i is the character chr(i).
-
-    vocab_size: 1 + the largest id. eot: the id of <|endoftext|>. bytes: {id: bytes}. A file that may give
-    other ids here than in the `tokenizers` library is refused: DataError."""
+    """Byte-level BPE from the content of a tokenizer.json; DataError if it may give other ids here than in
+    the `tokenizers` library. Inside, the token i is the character chr(i). vocab_size: 1 + the largest id."""
     def __init__(self, spec):
-        self.spec = spec
         model, added = spec["model"], spec["added_tokens"]
-        vocab = model["vocab"] | {token["content"]: token["id"] for token in added}
-        self.vocab_size = max(vocab.values()) + 1
         odd = {key for part in [model, *added] for key in part if part[key]} - PLAIN_KEYS
         known = model["type"] == "BPE" and spec["pre_tokenizer"] in (GPT2, COSMO2)
-        if odd or not known or spec.get("normalizer") or self.vocab_size > 65536:
-            raise DataError("only BPE in the form of GPT-2's or cosmo2's, with 16-bit ids, is supported")
+        if odd or not known or spec.get("normalizer"):
+            raise DataError("only BPE in the form of GPT-2's or cosmo2's is supported")
+        self.spec = spec
         self.pattern = GPT2_PATTERN if spec["pre_tokenizer"] == GPT2 else COSMO2_PATTERN
+        self.special = {token["content"]: token["id"] for token in added}
+        vocab = model["vocab"] | self.special
         self.eot = vocab[EOT]
+        self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > 65536:
+            raise DataError("its ids need more than 16 bits")
         self.bytes = {i: bytes(map(CHAR_TO_BYTE.get, token)) for token, i in vocab.items()}
         symbol = {token: chr(i) for token, i in vocab.items()}
         unknown = symbol.get(model.get("unk_token"))  # None: a byte that is no token is left out
@@ -107,7 +107,6 @@ class Tokenizer:
         for pair in model["merges"]:
             a, b = pair.split(" ") if isinstance(pair, str) else pair
             self.merges[symbol[a] + symbol[b]] = len(self.merges), symbol[a + b]
-        self.special = {token["content"]: symbol[token["content"]] for token in added}
         longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
         self.split = re.compile(f"({'|'.join(longest_first)})").split
         self.merged = lru_cache(1 << 18)(self.merge)  # bounded: a huge corpus has no end of rare pieces
@@ -132,7 +131,7 @@ class Tokenizer:
         out = []
         for part in self.split(text):
             if part in self.special:
-                out.append(self.special[part])
+                out.append(chr(self.special[part]))
             else:
                 out.extend(map(self.merged, pieces(part, self.pattern)))
         return "".join(out)
@@ -144,10 +143,9 @@ class Tokenizer:
         return b"".join(map(self.bytes.get, ids)).decode("utf-8", errors="replace")
 
 def train_bpe(piece_counts, vocab_size):
-    """Learn merges from {piece: how often}, until there are vocab_size tokens or no pair occurs twice.
-
-    The most frequent pair goes first; of equals the one with the lower ids, as in the `tokenizers` library.
-    Counts are kept up to date, and an index tells which words may hold a pair: a merge costs what changes."""
+    """Learn merges from {piece: how often}, until there are vocab_size tokens or no pair occurs twice. The
+    most frequent pair goes first; of equals the one with the lower ids, as in the `tokenizers` library. An
+    index tells which words may hold a pair, so that a merge costs no more than what it changes."""
     tokens = [EOT, *sorted(CHAR_TO_BYTE)]
     symbols = {byte: chr(tokens.index(char)) for byte, char in BYTE_TO_CHAR.items()}
     frequency = list(piece_counts.values())
@@ -188,11 +186,10 @@ def train_bpe(piece_counts, vocab_size):
         for i in places.pop(pair):
             if pair in words[i]:  # no earlier merge took it
                 rewrite(i, words[i].replace(pair, new), new)
-    vocab = {token: i for i, token in enumerate(tokens)}
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
     return Tokenizer({"version": "1.0", "added_tokens": [{"id": 0, "content": EOT, "special": True, **flags}],
-                      "pre_tokenizer": GPT2, "decoder": GPT2,
-                      "model": {"type": "BPE", "vocab": vocab, "merges": merges}})
+                      "pre_tokenizer": GPT2, "decoder": GPT2, "model": model})
 
 # --------------------------------------------------------------------------------------------------
 # Corpora: which files hold the text
@@ -253,14 +250,12 @@ def tinystories(folder, megabytes, vocab_size):
 
 def cosmopedia(folder, megabytes, vocab_size):
     """Synthetic textbooks and posts (Ben Allal et al. 2024); the published tokenizer, if of that size."""
-    tokenizer = None
+    text, tokenizer = "", None
     if vocab_size == 49_152:
         path = folder / "cosmo2-tokenizer.json"
         download(f"{HUB}/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json", path)
         tokenizer = Tokenizer.load(path)
     url = f"{ROWS}/rows?dataset=HuggingFaceTB%2Fsmollm-corpus&config=cosmopedia-v2&split=train&length=100"
-    text = ""
-    rows = range(100)
     for offset in range(0, 10**9, 100):
         page = folder / f"cosmopedia-v2-rows-{offset}.json"
         download(f"{url}&offset={offset}", page)
@@ -343,8 +338,8 @@ load_tokenizer = lru_cache(1)(Tokenizer.load)  # once in each process
 
 def encode(batch, tokenizer_path):
     """The ids of some documents, as little-endian uint16."""
-    text = EOT.join([*batch, ""])
-    return load_tokenizer(tokenizer_path).encode_str(text).encode("utf-16-le", "surrogatepass")
+    ids = load_tokenizer(tokenizer_path).encode_str(EOT.join([*batch, ""]))
+    return ids.encode("utf-16-le", "surrogatepass")
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -426,8 +421,7 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
         if name in NETWORK:
             # 5 bytes a token; to two digits, so that runs of nearly the same budget share a folder.
             megabytes = int(float(f"{n_tokens * 5 / 2**20 + 1:.1e}"))
-            label = f"{name}-{megabytes}MB"
-            content = REVISION
+            label, content = f"{name}-{megabytes}MB", REVISION
         else:
             text = files_of(name, cache), [], None
             label = os.path.basename(os.path.abspath(name))[:100]
@@ -466,24 +460,20 @@ def write_aside(path, content):
 
 def lock(folder, wait=False):
     """Own a folder until the file that this returns is closed, or this process ends, however it ends. Another
-    owner is waited for (wait), or named in a DataError."""
+    owner is waited for (wait; 10 seconds on Windows), or named in a DataError."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "a+")
-    while True:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                file.seek(1 << 30)  # a byte beyond the process's number, which stays readable
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            if not wait:
-                raise DataError(f"{folder} is in use by process {file.read()}: wait, or stop it") from None
-            time.sleep(0.1)
+    try:
+        if os.name == "nt":
+            import msvcrt
+            file.seek(1 << 30)  # a byte beyond the process's number, which stays readable
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise DataError(f"{folder} is in use by process {file.read()}: wait, or stop it") from None
     file.truncate(0)
     print(os.getpid(), end="", file=file, flush=True)
     return file
@@ -517,18 +507,6 @@ def val_windows(tokens, context_length, max_tokens):
 # --------------------------------------------------------------------------------------------------
 # python data.py NAME
 
-def show(corpus):
-    """What a learner wants to see of a corpus."""
-    meta = corpus.meta
-    bytes_per_token = meta["train_bytes"] / meta["train_tokens"]
-    print("{}: a vocabulary of {vocab_size:,}, {train_tokens:,} tokens of text, {val_tokens:,} to validate on, "
-          "{:.2f} bytes a token".format(corpus.folder, bytes_per_token, **meta))
-    p = count_tokens(corpus.train, meta["vocab_size"]) / meta["train_tokens"]
-    bits_per_byte = -p @ np.log2(p + 1e-30) / bytes_per_token
-    print(f"Knowing only how often each token occurs: {bits_per_byte:.3f} bits a byte. Models do better.")
-    print("The validation text begins (| between tokens):")
-    print("|".join(corpus.tokenizer.decode([i]) for i in corpus.val[:150]), flush=True)
-
 def main():
     parser = argparse.ArgumentParser(description="Prepare a corpus and show what a model will see.")
     parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # one line, without the usage
@@ -540,10 +518,19 @@ def main():
     if not 1 <= args.tokens <= 1e12:
         parser.error(f"--tokens {args.tokens:g}: use a number from 1 to 1e12")
     try:
+        corpus = load(args.name, args.vocab_size, int(args.tokens), args.cache)
+        meta = corpus.meta
+        bytes_per_token = meta["train_bytes"] / meta["train_tokens"]
+        p = count_tokens(corpus.train, meta["vocab_size"]) / meta["train_tokens"]
+        bits_per_byte = -p @ np.log2(p + 1e-30) / bytes_per_token
         (sys.stdout or sys.stderr).reconfigure(errors="backslashreplace")  # show any token in any locale
-        show(load(args.name, args.vocab_size, int(args.tokens), args.cache))
-    except (DataError, OSError) as e:  # OSError: whoever read the lines has gone (| head), or the disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written
+        print("{}: a vocabulary of {vocab_size:,}, {train_tokens:,} tokens of text, {val_tokens:,} to "
+              "validate on, {:.2f} bytes a token".format(corpus.folder, bytes_per_token, **meta))
+        print(f"Knowing only how often each token occurs: {bits_per_byte:.3f} bits a byte. Models do better.")
+        print("The validation text begins (| between tokens):")
+        print("|".join(corpus.tokenizer.decode([i]) for i in corpus.val[:150]), flush=True)
+    except (DataError, OSError) as e:  # OSError: who read the lines has gone (| head), or a disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be written
         parser.error(e)
 
 if __name__ == "__main__":
