@@ -70,7 +70,7 @@ GPT2_PATTERN = (r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_NUM]+| ?[\dNUM]+| ?(?:[^\w\s]|[_
                 r"|[^\S\x1c-\x1f]+(?![\S\x1c-\x1f])|[^\S\x1c-\x1f]+").replace("+", "{1,1000}")
 COSMO2_PATTERN = r"[\dNUM]|[^\S\x1c-\x1f]{1,1000}(?=[\dNUM])|" + GPT2_PATTERN  # each digit for itself
 
-# The two of tokenizer.json's ways to cut text that are understood, and what else it may say.
+# How tokenizer.json says which of the two it is, and the other keys that may have a value in it.
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 COSMO2 = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2]}
 PLAIN_KEYS = {"type", "unk_token", "vocab", "merges", "id", "content", "special", "normalized"}
@@ -87,19 +87,19 @@ class Tokenizer:
     the `tokenizers` library. Inside, the token i is the character chr(i). vocab_size: 1 + the largest id."""
     def __init__(self, spec):
         model, added = spec["model"], spec["added_tokens"]
-        odd = {key for part in [model, *added] for key in part if part[key]} - PLAIN_KEYS
-        known = model["type"] == "BPE" and spec["pre_tokenizer"] in (GPT2, COSMO2)
-        if odd or not known or spec.get("normalizer"):
-            raise DataError("only BPE in the form of GPT-2's or cosmo2's is supported")
         self.spec = spec
-        self.pattern = GPT2_PATTERN if spec["pre_tokenizer"] == GPT2 else COSMO2_PATTERN
         self.special = {token["content"]: token["id"] for token in added}
         vocab = model["vocab"] | self.special
-        self.eot = vocab[EOT]
         self.vocab_size = max(vocab.values()) + 1
-        if self.vocab_size > 65536:
-            raise DataError("its ids need more than 16 bits")
-        self.bytes = {i: bytes(map(CHAR_TO_BYTE.get, token)) for token, i in vocab.items()}
+        self.eot = vocab[EOT]
+        odd = {key for part in [model, *added] for key in part if part[key]} - PLAIN_KEYS
+        known = model["type"] == "BPE" and spec["pre_tokenizer"] in (GPT2, COSMO2)
+        if odd or not known or spec.get("normalizer") or self.vocab_size > 65536:
+            raise DataError("only BPE in the form of GPT-2's or cosmo2's, with 16-bit ids, is supported")
+        self.pattern = GPT2_PATTERN if spec["pre_tokenizer"] == GPT2 else COSMO2_PATTERN
+        self.bytes = [b""] * self.vocab_size  # of each id
+        for token, i in vocab.items():
+            self.bytes[i] = bytes(map(CHAR_TO_BYTE.get, token))
         symbol = {token: chr(i) for token, i in vocab.items()}
         unknown = symbol.get(model.get("unk_token"))  # None: a byte that is no token is left out
         self.byte_symbols = {byte: symbol.get(char, unknown) for byte, char in BYTE_TO_CHAR.items()}
@@ -140,7 +140,7 @@ class Tokenizer:
         return list(map(ord, self.encode_str(text)))
 
     def decode(self, ids):
-        return b"".join(map(self.bytes.get, ids)).decode("utf-8", errors="replace")
+        return b"".join(self.bytes[i] for i in ids).decode("utf-8", errors="replace")
 
 def train_bpe(piece_counts, vocab_size):
     """Learn merges from {piece: how often}, until there are vocab_size tokens or no pair occurs twice. The
@@ -399,7 +399,7 @@ def open_corpus(folder, label):
     """The corpus in a folder, with a meta that is counted from its files alone."""
     path = folder / "tokenizer.json"
     tokenizer = Tokenizer.load(path)
-    token_bytes = np.array([len(tokenizer.bytes.get(i, b"")) for i in range(tokenizer.vocab_size)])
+    token_bytes = np.array(list(map(len, tokenizer.bytes)))
     token_bytes[tokenizer.eot] = 0
     meta = {"corpus": label, "vocab_size": tokenizer.vocab_size}
     meta["tokenizer_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
