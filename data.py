@@ -491,9 +491,8 @@ def inputs_and_targets(chosen):
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 def get_batch(tokens, batch_size, context_length, seed, step):
-    """x, y: (batch_size, context_length) int64. A counter-based generator (Philox, Salmon et al. 2011) with
-    the key (seed, step) draws the windows: every learning rate sees the same batches, and a resumed run needs
-    no generator state."""
+    """x, y: (batch_size, context_length) int64, drawn by a counter-based generator (Philox, Salmon et al.
+    2011) with the key (seed, step): every rate sees the same batches, and resuming needs no state of it."""
     every = windows(tokens, context_length)
     random = np.random.Generator(np.random.Philox(key=seed % 2**64 + (step << 64)))
     return inputs_and_targets(every[random.integers(0, len(every), batch_size)])
