@@ -67,8 +67,8 @@ STUDIES = {     # flags, which those on the command line override
     "wide": "--no-widen --lrs 0.001 0.002 0.003 0.004 0.006 0.008 "     # conservative
             "0.01 0.015 0.02 0.03 0.04 0.05 0.065 0.08 "                # moderate
             "0.1 0.13 0.16 0.2 0.25 0.3 0.4 0.5 0.6 0.7 0.85 1.0",      # aggressive, extreme
-    "schedules": "--no-widen --around 1 --seeds 3 --vary warmup-ratio,min-lr-ratio="
-                 "0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1",    # conservative, baseline, none, aggressive, long
+    "schedules": "--no-widen --around 1 --seeds 3 "     # conservative, baseline, none, aggressive, long
+                 "--vary warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1",
     "edge": EDGE + "sgd --lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5",
     "edge-adamw": EDGE + "adamw --lrs 1e-4 3e-4 1e-3 3e-3 1e-2 1e-1",
 }
@@ -100,7 +100,7 @@ def paired(row, other):
     return [d for d in differences if math.isfinite(d)]
 
 def rise(row, other):
-    """Their mean; inf where there is nothing to pair."""
+    """The mean of these; inf where there is nothing to pair."""
     return mean(paired(row, other) or [math.inf])
 
 def best_rate(table):
@@ -125,7 +125,7 @@ def noise_near(table, best):
     return np.array([np.sum(residuals ** 2), np.prod(np.subtract(x.shape, 1))])
 
 def half_width(differences, noise, k, unknown):
-    """Half the interval of a mean difference, one of k that hold together; unknown: where no noise is known."""
+    """Half the interval of a mean difference, one of k that hold together; unknown: without noise."""
     squares, df = noise
     if not df:
         return unknown
@@ -179,17 +179,22 @@ def compare_rates(table, best):
 
 def compare_settings(tables, margin):
     """{label: table} -> the best label (None: all diverged), its comparisons with others (insights.json)."""
-    rates = {label: best_rate(table) for label, table in tables.items()}
-    rows = {label: tables[label][lr] for label, lr in rates.items() if lr}
+    rows = {}
+    gain = {}
+    noise = np.zeros(2)
+    for label, table in tables.items():
+        best = best_rate(table)
+        if best:
+            rows[label] = table[best]
+            gain[label] = max(finer_gains(table, best).values(), default=0)
+            noise += noise_near(table, best)
     winner = min(rows, key=lambda label: mean(rows[label].values()), default=None)
-    noise = sum(noise_near(tables[label], rates[label]) for label in rows)
-    gain = {label: max(finer_gains(tables[label], rates[label]).values(), default=0) for label in rows}
     comparisons = []
     for label in rows:
         d = paired(rows[label], rows[winner])
         if label == winner or not d:
             continue
-        if not noise[1]:    # settings of one rate each: their noise is what remains between them
+        if not noise[1]:    # one rate each: the noise is what remains between settings
             noise = noise_near(rows, winner)
         half = half_width(d, noise, math.comb(len(rows), 2), math.inf)  # the best came out of all pairs
         low = mean(d) - half - gain[label]
@@ -306,7 +311,7 @@ def losses(plan, keys):
     return {key: run and run["loss"] for key, run in runs.items()}
 
 def comparable(dir, mix_code=True):
-    """All runs in a folder. Refused: other texts, tokenizers or, without mix_code, other code than today's."""
+    """All runs in a folder. Dies at two texts or tokenizers and, without mix_code, at code since edited."""
     runs = plot.read_runs(dir) if dir.is_dir() else []
     corpora = {}
     for run in runs:
@@ -323,16 +328,18 @@ def comparable(dir, mix_code=True):
 # --------------------------------------------------------------------------------------------------
 # Processes
 
-class Stopped(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP: the number of the signal."""
+class Stopped(SystemExit):
+    """Ctrl-C, SIGTERM or SIGHUP, with the exit status."""
 
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+def on_signal(number, frame):
+    raise Stopped(128 + number)
 
-def die_with_parent():
-    LIBC.prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG: a killed sweep leaves no run beside its successor's
-
-# A child has a session of its own: Ctrl-C reaches the sweep alone, which passes it on.
-CHILD = dict(stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent if LIBC else None)
+# A child has a session of its own: Ctrl-C reaches the sweep alone, which passes it on. On Linux it dies with
+# its parent (PR_SET_PDEATHSIG is 1): a killed sweep leaves no run beside its successor's.
+CHILD = dict(stdin=subprocess.DEVNULL, start_new_session=True)
+if sys.platform == "linux":
+    LIBC = ctypes.CDLL(None)
+    CHILD["preexec_fn"] = lambda: LIBC.prctl(1, signal.SIGKILL)
 
 def visible_gpus(device):
     """Ids of the GPUs to share out, without importing torch (2 s); cuda:1 is train.py's to find."""
@@ -394,23 +401,15 @@ def execute(plan, keys):
                     running[slot] = keys[0], start(plan, keys[0], slot)
                     keys = keys[1:]
             time.sleep(0.05)
-    finally:    # interrupted, or a full disk
-        stop([process for _, process in running.values()])
-
-def stop(children):
-    """Ctrl-C for children: each saves a checkpoint and ends. A second signal kills them."""
-    try:
-        for child in children:
+    finally:    # interrupted, or a full disk: Ctrl-C, on which each saves a checkpoint and ends
+        for _, process in running.values():
             if os.name == "posix":  # elsewhere the console has told them
-                child.send_signal(signal.SIGINT)
-        for child in children:
-            child.wait()
-    except Stopped:
-        for child in children:
-            child.kill()
+                process.send_signal(signal.SIGINT)
+        for _, process in running.values():
+            process.wait()
 
 def prepare(plan, todo):
-    """Once, before the first run: one corpus, one code, and one owner of the folder, whose lock it returns."""
+    """Once, before the first run: one corpus, one code, and one owner of the folder. Returns its lock."""
     if todo and len(plan.settings) > 1:     # each setting reads the corpus that the largest budget needs
         tokens = [int(ask_train(plan, (setting, *todo[0][1:]), "--dry-run")) for setting in plan.settings]
         plan.corpus = ["--data-tokens", str(max(tokens))]
@@ -460,7 +459,8 @@ def analyse(runs, margin=0.01, ended=None):
     best = None
     for s in settings:
         if s["label"] == winner:
-            best = dict(setting=winner, lr=s["best_lr"], val_loss=s["best_loss"], low=s["low"], high=s["high"])
+            best = dict(setting=winner, lr=s["best_lr"], val_loss=s["best_loss"], low=s["low"],
+                        high=s["high"])
     insights = dict(best=best, use=best, ended=ended, margin=margin, comparisons=comparisons,
                     settings=settings, runs=len(runs),
                     minutes=sum(run["summary"].get("seconds") or 0 for run in runs) / 60,
@@ -532,24 +532,27 @@ def find_edge(rates, best):
 COLUMNS = ("steps", "final_val_loss", "final_val_accuracy", "final_val_perplexity", "final_val_bpb",
            "final_train_loss", "best_val_loss", "best_val_step", "max_grad_norm")   # no times: repeatable
 
-ONE_SEED = """It has the lowest loss with **one seed**; another seed may have another best. """
-LONE = """It alone has survived {seeds} seeds, so that no noise is known. """
-RULE = """As a rule of thumb, not a test, the optimum lies from {between}; the limits are over 0.1 nats worse. \
-As good, as far as one seed can tell: {good}."""
-SEEDS = """It has the lowest mean of {seeds} seeds. The optimum lies from {between}; paired tests show the \
-limits to be worse, 95% together (noise {noise:.4f} nats). As good, as far as {seeds} seeds can tell: {good}."""
+USE = "**Use {best_lr:g} {label}**, validation loss {best_loss:.3f} nats a token. It has "
+TESTED = """the lowest mean of {seeds} seeds. The optimum lies from {between}; paired tests show the limits \
+to be worse, 95% together (noise {noise:.4f} nats). As good, as far as {seeds} seeds can tell: {good}."""
+ONE_SEED = """the lowest loss with **one seed**; another seed may have another best. As a rule of thumb, not \
+a test, the optimum lies from {between}; the limits are over 0.1 nats worse. As good, as far as one seed can \
+tell: {good}."""
+ONE_RATE = "no rival: no other rate survived all its {seeds} seeds, and where the optimum lies is not known."
 DIVERGE = """Runs begin to diverge somewhere between {survived:g} and there, at {least:.1f} to {ratio:.1f} \
 times the best rate; by the folk rule 2 to 4 is usual, less is near the edge, more is conservative."""
+RATES = """## Rates {label}
+
+`difference`: nats above the best, paired over seeds; `shown`: to be worse."""
 
 def answer(s):
     """The rate to use, how sure that is, and between which rates the optimum lies."""
     limits = [f"{lr:g}" if lr else "no known limit" for lr in (s["low"], s["high"])]
     good = [f"{lr:g}" for lr in s["as_good"] if lr != s["best_lr"]]
-    sentences = SEEDS
+    text = TESTED
     if s["noise"] is None:
-        sentences = (ONE_SEED if s["seeds"] == 1 else LONE) + RULE
-    text = "**Use {best_lr:g} {label}**, validation loss {best_loss:.3f} nats a token. " + sentences
-    text = text.format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
+        text = ONE_SEED if s["seeds"] == 1 else ONE_RATE
+    text = (USE + text).format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
     return text.replace(" **,", "**,")
 
 def edge_text(s):
@@ -578,8 +581,8 @@ def write_up(insights):
     """lr_sweep_analysis.md, the answer first. Every number in it comes out of insights."""
     use = insights["use"]
     comparisons = insights["comparisons"]
-    text = ["# Which learning rate?", "There is no answer: no run has survived. Try lower rates with --lrs."]
-    text.append("The search {ended}. {runs} runs took {minutes:.1f} minutes.".format(**insights))
+    first = "There is no answer: no run has survived. Try lower rates with --lrs."
+    text = ["The search {ended}. {runs} runs took {minutes:.1f} minutes.".format(**insights)]
     if insights["unfinished"]:
         text.append(f"Left out, not finished or damaged: {', '.join(insights['unfinished'])}.")
     unsure = [c["worse"] for c in comparisons if c["verdict"] != "shown"]
@@ -589,20 +592,19 @@ def write_up(insights):
         text.append("## Settings, each at its best rate (same: within {margin:g} nats)".format(**insights))
         text.append(markdown(comparisons, "better worse difference low high seeds verdict"))
     for s in insights["settings"]:
-        text.append("## Rates {label}\n\n`difference`: nats above the best, paired over seeds; `shown`: to be "
-                    "worse.".format(**s))
+        text.append(RATES.format(**s))
         text.append(markdown(s["rates"], "lr seeds status unstable diverged difference shown val_bpb"))
         if use and use["setting"] == s["label"]:
-            text[1] = answer(s)
+            first = answer(s)
         if s["best_lr"]:
             text.append(edge_text(s))
         text.append("Over the rates that survived, and the correlation of their log rate with:")
         text.append(markdown([s["summary"] | s["correlation"]],
                              "mean deviation best worst loss accuracy perplexity"))
     if insights["one_batch"]:
-        text[1] = ("These runs fit one batch again and again: their validation loss recommends no rate. "
-                   "Look at sharpness.png and edge_of_stability.png.")
-    return "\n\n".join(text).replace(" \n", "\n") + "\n"
+        first = ("These runs fit one batch again and again: their validation loss recommends no rate. "
+                 "Look at sharpness.png and edge_of_stability.png.")
+    return "\n\n".join(["# Which learning rate?", first, *text]).replace(" \n", "\n") + "\n"
 
 def write_json(path, value):
     write_aside(path, json.dumps(value, indent=1).encode())
@@ -622,13 +624,14 @@ def report(dir, margin):
         rows.append([run["setting"], f"{run['lr']:g}", run["seed"], run["status"], *values])
         if not (run["dir"] / "loss_curves.png").exists():
             plot.draw_run(run["dir"])
+    text = write_up(insights)
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
     write_aside(dir / "summary_table.csv", table.getvalue().encode())
-    write_aside(dir / "lr_sweep_analysis.md", write_up(insights).encode())
+    write_aside(dir / "lr_sweep_analysis.md", text.encode())
     write_json(dir / "insights.json", insights)
     plot.draw_sweep(dir, runs, insights)
-    return write_up(insights)
+    return text
 
 # --------------------------------------------------------------------------------------------------
 # Command line
@@ -643,11 +646,6 @@ def positive(text):
     if not 1 <= int(text) <= 999_999:
         raise ValueError
     return int(text)
-
-def nats(text):
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
 
 def parse_vary(texts):
     """["a=1,2", "b,c=3:4,5:6"] -> every combination, tuples of (flag, value); [] -> one empty setting."""
@@ -674,12 +672,14 @@ def parse_flags(argv):
     add("--study", choices=STUDIES, help="a named plan, which sets defaults of the others")
     first, _ = p.parse_known_args(argv)
     grid = GRIDS[first.preset]
-    middle = grid[(len(grid) - 1) // 2]
+
+    def multiple(text):
+        return learning_rate(f"{float(text) * grid[(len(grid) - 1) // 2]:.2g}")
 
     add("-h", "--help", action="help", help="show this and stop")
     add("--lrs", nargs="+", type=learning_rate, default=grid, help="rates to start from")
-    add("--around", nargs="+", dest="lrs", type=lambda factor: float(f"{float(factor) * middle:.2g}"),
-        default=argparse.SUPPRESS, help="instead of --lrs: multiples of the preset's middle rate")
+    add("--around", nargs="+", type=multiple, dest="lrs", default=argparse.SUPPRESS,
+        help="instead of --lrs: multiples of the middle rate that --preset starts from")
     add("--seeds", type=positive, default=1, help="of the rates that matter")
     add("--refine", type=int, default=0, choices=range(10),
         help="halve the distance between rates around the best, so often")
@@ -688,7 +688,7 @@ def parse_flags(argv):
         help="go outward to the edge and close in on the best; --no-widen: only the rates given")
     add("--max-runs", type=positive, help="at most this many; None: 16 for each setting and seed")
     add("--jobs", type=positive, help="runs at once; None: as many as pay")
-    add("--margin", type=nats, default=0.01, help="nats: settings within it are called the same")
+    add("--margin", type=float, default=0.01, help="nats: settings within it are called the same")
     add("--name", help="folder under runs/; None: from the flags")
     add("--device", default="auto", help="as train.py takes it")
     add("--mix-code", action="store_true", help="compare runs of edited code with those before the edit")
@@ -708,20 +708,19 @@ def make_plan(argv):
         plan.name = re.sub(r"[^\w.+]+", "-", " ".join(words))[:150].strip("-")
     if Path(plan.name).name != plan.name or plan.name in ("", ".."):
         die(f"--name {plan.name!r}: a plain name, for a folder under runs/")
+    if not 0 <= plan.margin < math.inf:
+        die(f"--margin {plan.margin}: a number of nats, from 0")
     plan.dir = Path("runs") / plan.name
     plan.flags = ["--preset", plan.preset, "--device", plan.device, *flags]
     plan.corpus = []
     plan.settings = parse_vary(plan.vary)
     plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
     plan.gpus = visible_gpus(plan.device)
-    fitting = max(1, len(plan.gpus) * PER_GPU[plan.preset])
-    if not plan.gpus and plan.preset == "tiny" and sys.platform != "darwin":    # a Mac has one GPU
-        fitting = min(8, cores())   # larger runs fill all cores
-    plan.jobs = plan.jobs or fitting
+    on_cpu = 1      # a larger run fills all cores, and a Mac has one GPU
+    if plan.preset == "tiny" and sys.platform != "darwin":
+        on_cpu = min(8, cores())
+    plan.jobs = plan.jobs or len(plan.gpus) * PER_GPU[plan.preset] or on_cpu
     return plan
-
-def on_signal(number, frame):
-    raise Stopped(number)
 
 def main(argv):
     sys.stdout.reconfigure(line_buffering=True)
@@ -740,9 +739,9 @@ def main(argv):
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except Stopped as stopped:
+    except Stopped:
         print("stopped; every run keeps what it has. The same command goes on")
-        sys.exit(128 + stopped.args[0])
+        raise
     except BrokenPipeError:     # whoever read the lines has gone (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

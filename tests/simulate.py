@@ -109,10 +109,13 @@ def cell(name, sigma, seeds, trials):
         tables, results, _ = search(loss, lrs=CELLS[name].get("lrs", GRID), seeds=seeds)
         best = sweep.best_rate(tables[()])
         low, high = sweep.compare_rates(tables[()], best)[-2:]
-        width = math.log(high) - math.log(low) if low else math.inf
-        found.append((low <= optimum <= high, width, math.isinf(width), regret(best), len(results)))
+        width = math.inf
+        if low:
+            width = high / low
+        holds = low <= optimum <= high
+        found.append((holds, width, math.isinf(width), regret(best), len(results)))
     holds, width, unbounded, regret, runs = zip(*found)
-    return np.mean(holds), np.exp(np.median(width)), np.mean(unbounded), np.median(regret), np.mean(runs)
+    return np.mean(holds), np.median(width), np.mean(unbounded), np.median(regret), np.mean(runs)
 
 
 def claims(shape, sigma, seeds, factors, above, trials):

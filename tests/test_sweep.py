@@ -244,6 +244,12 @@ def test_one_seed_says_what_it_cannot_show(tmp_path):
     assert len(rows(tmp_path / "runs/tiny-schedule")) == 6
 
 
+def test_one_rate_with_several_seeds_is_not_called_one_seed(tmp_path):
+    assert run(tmp_path, "--study", "schedules", "--lrs", "2e-3").returncode == 0
+    text = analysis(tmp_path / "runs/tiny-schedules-warmup-ratio-min-lr-ratio")
+    assert "no other rate survived all its 3 seeds" in text and "one seed" not in text
+
+
 def test_at_max_runs_the_text_says_so(tmp_path):
     assert run(tmp_path, "--max-runs", "5").returncode == 0
     assert "ended at the limit of 5 runs" in analysis(tmp_path / "runs/tiny")
@@ -254,6 +260,7 @@ BAD = """
 --lrs -1 | --lrs
 --lrs nan | nan
 --lrs fast | fast
+--around 1 0 | --around
 --seeds 0 | --seeds
 --seeds 1e30 | 1e30
 --study nope | explore
