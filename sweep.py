@@ -228,7 +228,7 @@ def stages(table, plan):
         limit = 2.05    # rates have two digits
         if len(plan.settings) > 1 and gain > plan.margin / 2:   # it blurs their difference
             limit = 1.25
-        elif gain > WORTH and len(table[best]) == 1:
+        elif gain > WORTH and len(table[best]) == 1 and max(table[lr].values()) < math.inf:
             limit = 1.4
         far = abs(math.log(lr / best)) > math.log(limit) / 2 ** plan.refine
         if far and len(gains) == 2 and (plan.widen or plan.refine):
