@@ -57,51 +57,42 @@ GRIDS = {   # where the search starts
     "moe": [0.01, 0.02, 0.035, 0.05, 0.065, 0.085, 0.1, 0.15, 0.3],
 }
 # A textbook run: one fixed batch, a constant rate, nothing that hides the edge of stability.
-EDGE = ("--full-batch --batch-size 8 --context-length 64 --max-steps 400 --schedule constant "
+EDGE = ("--no-widen --full-batch --batch-size 8 --context-length 64 --max-steps 400 --schedule constant "
         "--warmup-ratio 0 --grad-clip 0 --weight-decay 0 --dtype float32 --sharpness 10 --log-interval 1 "
-        "--eval-interval 400 --eval-tokens 2048 --momentum 0 --optimizer").split()
-STUDIES = {     # defaults that the command line overrides; around: multiples of the middle rate of the grid
-    "explore": dict(lrs=[0.001, 0.01, 0.03, 0.1, 0.3], flags=["--max-steps", "50"], widen=False),
-    "extend": dict(around=[0.15, 0.3, 0.5, 0.7, 0.8, 1, 1.2, 1.5, 2, 3, 5], flags=["--max-steps", "100"],
-                   widen=False),
-    "fine": dict(lrs=[0.06, 0.07, 0.08, 0.09, 0.1, 0.11, 0.12, 0.13, 0.14],
-                 flags=["--max-steps", "75"], widen=False),
-    "wide": dict(lrs=[0.001, 0.002, 0.003, 0.004, 0.006, 0.008,             # conservative
-                      0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.065, 0.08,     # moderate
-                      0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4,                 # aggressive
-                      0.5, 0.6, 0.7, 0.85, 1.0],                            # extreme
-                 widen=False),
-    "schedules": dict(around=[1], seeds=3, widen=False,     # conservative, baseline, none, aggressive, long
-                      vary=["warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1"]),
-    "edge": dict(lrs=[0.004, 0.01, 0.025, 0.06, 0.15, 0.4, 1.0, 2.5], flags=[*EDGE, "sgd"], widen=False),
-    "edge-adamw": dict(lrs=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1], flags=[*EDGE, "adamw"], widen=False),
+        "--eval-interval 400 --eval-tokens 2048 --momentum 0 --optimizer ")
+STUDIES = {     # flags, which those on the command line override
+    "explore": "--no-widen --max-steps 50 --lrs 0.001 0.01 0.03 0.1 0.3",
+    "extend": "--no-widen --max-steps 100 --around 0.15 0.3 0.5 0.7 0.8 1 1.2 1.5 2 3 5",
+    "fine": "--no-widen --max-steps 75 --lrs 0.06 0.07 0.08 0.09 0.1 0.11 0.12 0.13 0.14",
+    "wide": "--no-widen --lrs 0.001 0.002 0.003 0.004 0.006 0.008 "     # conservative
+            "0.01 0.015 0.02 0.03 0.04 0.05 0.065 0.08 "                # moderate
+            "0.1 0.13 0.16 0.2 0.25 0.3 0.4 0.5 0.6 0.7 0.85 1.0",      # aggressive, extreme
+    "schedules": "--no-widen --around 1 --seeds 3 "     # conservative, baseline, none, aggressive, long
+                 "--vary warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1",
+    "edge": EDGE + "sgd --lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5",
+    "edge-adamw": EDGE + "adamw --lrs 1e-4 3e-4 1e-3 3e-3 1e-2 1e-1",
 }
 PER_GPU = {"tiny": 4, "dense": 1, "dense-low": 8, "moe": 2}     # runs at once, measured on an H100
-HALF_DECADES = [float(f"{m}e{k}") for k in range(-9, 7) for m in (1, 3)]
 NEAR = 0.1      # nats, 10% perplexity: stands in for the noise where there is one seed
 WORTH = 0.03    # nats that a finer grid must promise before one setting is searched closer than a factor 2
 
 # --------------------------------------------------------------------------------------------------
-# Statistics. A table is {rate: {seed: loss}}; a loss of inf: that run diverged
+# Statistics: functions of a table {rate: {seed: loss}}, where a loss of inf is a run that diverged
 
 @functools.lru_cache(maxsize=None)
 def t_quantile(p, df):
     """Student's t. With t = sqrt(df) tan(a) its density becomes cos(a)^(df - 1), which a sum integrates."""
     angle = np.linspace(0, math.pi / 2, 5_001)
     density = np.cos(angle) ** (df - 1)
-    cdf = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
-    found = np.interp(2 * p - 1, cdf / cdf[-1], angle)
-    return math.sqrt(df) * math.tan(found)
+    cdf = np.cumsum(density) - (density + 1) / 2    # the trapezoid rule, without its factor
+    return math.sqrt(df) * math.tan(np.interp(2 * p - 1, cdf / cdf[-1], angle))
 
 def mean(values):
     known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    return float(np.mean(known)) if known else math.nan
 
 def deviation(values):
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-def finite(value):
-    return float(value) if math.isfinite(value) else None
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 def paired(row, other):
     """Differences row - other, {seed: loss} each, over the seeds that survived in both."""
@@ -109,73 +100,65 @@ def paired(row, other):
     return [d for d in differences if math.isfinite(d)]
 
 def rise(row, other):
-    """Their mean; inf where there is nothing to pair."""
-    return float(np.mean(paired(row, other) or math.inf))
+    """The mean of these; inf where there is nothing to pair."""
+    return mean(paired(row, other) or [math.inf])
 
 def best_rate(table):
     """The lowest mean of the rates that survived in all their seeds and have the most; None: none did."""
-    means = {lr: (-len(row), mean(row.values())) for lr, row in table.items()}
-    means = {lr: value for lr, value in means.items() if value[1] < math.inf}
+    means = {lr: (-len(row), mean(row.values())) for lr, row in table.items() if max(row.values()) < math.inf}
     return min(means, key=means.get, default=None)
+
+def neighbours(table, lr):
+    """The next rates below and above, those that exist."""
+    rates = sorted(table)
+    i = rates.index(lr)
+    return rates[max(0, i - 1):i] + rates[i + 1:i + 2]
 
 def noise_near(table, best):
     """Sum of squared two-way residuals (nats^2) and degrees of freedom, of the rates within NEAR of the best,
     or of the three best: not of a wild one."""
     rows = [[row.get(seed, math.inf) for seed in table[best]] for row in table.values()]
-    rows = [row for row in rows if max(row) < math.inf]
-    rows.sort(key=np.mean)
-    near = [row for row in rows if np.mean(row) < np.mean(rows[0]) + NEAR]
-    x = np.array(rows[:max(3, len(near))])      # (rates, seeds)
+    rows = sorted((row for row in rows if max(row) < math.inf), key=mean)
+    near = sum(mean(row) < mean(rows[0]) + NEAR for row in rows)
+    x = np.array(rows[:max(3, near)])      # (rates, seeds)
     residuals = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
-    return np.array([np.sum(residuals ** 2), (len(x) - 1) * (len(x[0]) - 1)])
+    return np.array([np.sum(residuals ** 2), np.prod(np.subtract(x.shape, 1))])
 
-def half_width(differences, squares, df, k):
-    """Half the interval of a mean difference, one of k that hold together; NEAR where no noise is known."""
+def half_width(differences, noise, k, unknown):
+    """Half the interval of a mean difference, one of k that hold together; unknown: without noise."""
+    squares, df = noise
     if not df:
-        return NEAR
-    spread = max(math.sqrt(2 * squares / df), deviation(differences) or 0)
+        return unknown
+    spread = np.nanmax([math.sqrt(2 * squares / df), deviation(differences)])
     return float(t_quantile(1 - 0.025 / k, df) * spread / math.sqrt(len(differences)))
-
-def neighbours(rates, lr):
-    """The next rates below and above, those that exist."""
-    below = sorted(x for x in rates if x < lr)
-    above = sorted(x for x in rates if x > lr)
-    return below[-1:] + above[:1]
 
 def finer_gains(table, lr):
     """{neighbour: nats by which the loss between it and this rate could be lower still, in a convex valley}.
 
-    A convex curve lies above its chords extended. Where the two beside a gap meet is the lowest it can be.
+    A convex curve lies above its chords extended: in a gap, above the one before it and the one after it.
+    At an end of the grid the gain is inf, since beyond it the loss can be any.
     """
-    rates = sorted(table)
-    i = rates.index(lr)
-    points = []
-    for x in rates[max(0, i - 2):i + 3]:
-        y = max(0, rise(table[x], table[lr]))   # a neighbour of fewer seeds may be lower in these
-        if y < math.inf:
-            points.append((math.log(x / lr), y))
+    around = neighbours(table, lr)
+    if len(around) < 2:
+        return dict.fromkeys(around, math.inf)
+    points = [(math.log(rate / lr), max(0, rise(row, table[lr]))) for rate, row in sorted(table.items())]
+    points = [point for point in points if point[1] < math.inf]     # (log rate, nats)
     gains = {}
-    for other in neighbours(rates, lr):
-        gap = np.linspace(0, math.log(other / lr), 200)
-        lowest = np.full(200, -math.inf)
-        for (x1, y1), (x2, y2) in itertools.pairwise(points):
-            beside = {x1, x2} & {gap[0], gap[-1]}
-            if beside and not x1 < gap[1] < x2:
-                lowest = np.maximum(lowest, y1 + (y2 - y1) / (x2 - x1) * (gap - x1))
-        gains[other] = max(0, -lowest.min())
+    for near in around:
+        gap = np.linspace(0, math.log(near / lr), 200)
+        before = [point for point in points if point[0] <= gap.min()]
+        after = [point for point in points if point[0] >= gap.max()]
+        lines = [np.full(200, -math.inf)]
+        for chord in (before[-2:], after[:2]):
+            if len(chord) == 2:
+                lines.append(np.polyval(np.polyfit(*np.transpose(chord), 1), gap))
+        gains[near] = max(0, -np.max(lines, axis=0).min())
     return gains
-
-def finer_gain(table, lr):
-    """The larger of both; beyond an end of the grid it can be any; a lone rate was chosen as it is."""
-    gains = finer_gains(table, lr)
-    if len(gains) == 1:
-        return math.inf
-    return max(gains.values(), default=0)
 
 def compare_rates(table, best):
     """-> rates shown to be worse than the best, rates as good, and the nearest below and above all of these
-    that are worse (None: none is)."""
-    squares, df = noise_near(table, best)
+    that are worse (0 and inf: none is)."""
+    noise = noise_near(table, best)
     pairs = {lr: paired(row, table[best]) for lr, row in table.items() if lr != best}
     k = sum(len(d) > 1 for d in pairs.values())
     good = [best]
@@ -185,95 +168,82 @@ def compare_rates(table, best):
             continue    # it diverged, which with one seed of several may be bad luck
         gain = 0
         if all(rise(table[x], table[lr]) > 0 for x in neighbours(table, lr)):
-            gain = finer_gain(table, lr)    # a valley of its own, whose bottom may be lower
-        if not d or mean(d) > half_width(d, squares, df, k) + gain:
+            gain = max(finer_gains(table, lr).values())     # a valley of its own, whose bottom may be lower
+        if not d or mean(d) > half_width(d, noise, k, NEAR) + gain:
             worse.append(lr)
         else:
             good.append(lr)
-    low = max((lr for lr in worse if lr < min(good)), default=None)
-    high = min((lr for lr in worse if lr > max(good)), default=None)
+    low = max((lr for lr in worse if lr < min(good)), default=0)
+    high = min((lr for lr in worse if lr > max(good)), default=math.inf)
     return worse, sorted(good), low, high
 
 def compare_settings(tables, margin):
     """{label: table} -> the best label (None: all diverged), its comparisons with others (insights.json)."""
-    rates = {label: best_rate(table) for label, table in tables.items()}
-    rows = {label: tables[label][lr] for label, lr in rates.items() if lr}
-    if not rows:
-        return None, []
-    winner = min(rows, key=lambda label: mean(rows[label].values()))
-    squares, df = sum(noise_near(tables[label], rates[label]) for label in rows)
-    if not df:      # settings of one rate each: their noise is what remains between them
-        squares, df = noise_near(rows, winner)
-    k = len(rows) * (len(rows) - 1) // 2    # the best came out of all pairs
-    gain = {label: finer_gain(tables[label], rates[label]) for label in rows}
+    rows = {}
+    gain = {}
+    noise = np.zeros(2)
+    for label, table in tables.items():
+        best = best_rate(table)
+        if best:
+            rows[label] = table[best]
+            gain[label] = max(finer_gains(table, best).values(), default=0)
+            noise += noise_near(table, best)
+    winner = min(rows, key=lambda label: mean(rows[label].values()), default=None)
     comparisons = []
     for label in rows:
         d = paired(rows[label], rows[winner])
         if label == winner or not d:
             continue
-        half = half_width(d, squares, df, k) if df else math.inf
+        if not noise[1]:    # one rate each: the noise is what remains between settings
+            noise = noise_near(rows, winner)
+        half = half_width(d, noise, math.comb(len(rows), 2), math.inf)  # the best came out of all pairs
         low = mean(d) - half - gain[label]
         high = mean(d) + half + gain[winner]
         verdict = "shown" if low > 0 else "not shown"
         if max(-low, high) < margin:
             verdict = "same"
-        comparisons.append(dict(better=winner, worse=label, difference=mean(d), low=finite(low),
-                                high=finite(high), seeds=len(d), verdict=verdict))
+        comparisons.append(dict(better=winner, worse=label, difference=mean(d), low=low, high=high,
+                                seeds=len(d), verdict=verdict))
     return winner, comparisons
 
 # --------------------------------------------------------------------------------------------------
-# What to try next
+# What to run next
 
-def outward(table, best):
-    """Rates beyond those tried, until the best has worse neighbours on both sides, and one above diverges."""
+def stages(table, plan):
+    """What one setting wants, lists of (rate, seed): the first of them that asks for something new is run."""
+    yield [(lr, 0) for lr in plan.lrs]
+    best = best_rate(table)
     rates = []
-    if best in (None, min(table)):
-        rates += [lr for lr in HALF_DECADES if lr < min(table) / 1.9][-1:]
-    if best and not any(lr > best and math.inf in row.values() for lr, row in table.items()):
-        rates += [lr for lr in HALF_DECADES if lr > max(table) * 1.9][:1]
-    return rates
 
-def midpoint(table, best, plan):
-    """Rates between the best and its neighbours, until both are within a factor of 2, or closer where that is
-    worth it. Each --refine halves the distance in log rate."""
-    gains = finer_gains(table, best)
-    gaps = {}
+    # Outward, until the best has worse neighbours on both sides, and one above it diverges.
+    if plan.widen and table and best in (None, min(table)):
+        rates.append(float(f"{min(table) / 3:.0e}"))
+    if plan.widen and best and not any(lr > best and math.inf in row.values() for lr, row in table.items()):
+        rates.append(float(f"{max(table) * 3.3:.0e}"))
+
+    # Between the best and its neighbours, until both are within a factor of 2, or closer where that is worth
+    # it. Each --refine halves the distance in log rate.
+    gains = finer_gains(table, best) if best else {}
     for lr, gain in gains.items():
         limit = 2.05    # rates have two digits
         if len(plan.settings) > 1 and gain > plan.margin / 2:   # it blurs their difference
             limit = 1.25
         elif gain > WORTH and len(table[best]) == 1 and max(table[lr].values()) < math.inf:
             limit = 1.4
-        if abs(math.log(lr / best)) > math.log(limit) / 2 ** plan.refine:
-            gaps[lr] = gain
-    if len(gains) < 2:
-        return []
-    middles = [math.sqrt(best * lr) for lr in gaps]
-    return [float(f"{min(max(middle, best / 2), best * 2):.2g}") for middle in middles]
+        far = abs(math.log(lr / best)) > math.log(limit) / 2 ** plan.refine
+        if far and len(gains) == 2 and (plan.widen or plan.refine):
+            rates.append(float(f"{np.clip(math.sqrt(best * lr), best / 2, best * 2):.2g}"))
+    yield [(lr, 0) for lr in rates]
 
-def worth_seeds(table, best):
-    """Rates that can matter: the best and its neighbours; then all that are not shown to be worse, and the
-    next ones outside, if they are not."""
-    if len(table[best]) == 1:
-        return [best, *neighbours(table, best)]
-    worse, good, _, _ = compare_rates(table, best)
-    around = neighbours(table, good[0])[:1] + neighbours(table, good[-1])[-1:]
-    return [lr for lr in good + around if lr not in worse]
-
-def stages(table, plan):
-    """What one setting wants, lists of (rate, seed): the first of them that asks for something new is run."""
-    rates = []
-    seeds = []
-    best = best_rate(table)
-    if table and plan.widen:
-        rates += outward(table, best)
-    if best and (plan.widen or plan.refine):
-        rates += midpoint(table, best, plan)
-    if best:
-        for lr in worth_seeds(table, best):
-            survived = min(table[lr].values()) < math.inf
-            seeds += [(lr, seed) for seed in range(plan.seeds) if survived or seed < 2]
-    return [(lr, 0) for lr in plan.lrs], [(lr, 0) for lr in rates], seeds
+    # Seeds, for the best and its neighbours; then for all that are not shown to be worse, and the next ones
+    # outside, if they are not. Two seeds that diverged are enough.
+    rates = [best, *neighbours(table, best)] if best else []
+    if best and len(table[best]) > 1:
+        worse, good, _, _ = compare_rates(table, best)
+        rates = good + neighbours(table, good[0])[:1] + neighbours(table, good[-1])[-1:]
+        rates = [lr for lr in rates if lr not in worse]
+    yield [(lr, seed) for lr in rates for seed in range(plan.seeds)
+           if seed < 2 or min(table[lr].values()) < math.inf]
 
 def tables_of(results):
     """{(setting, rate, seed): loss} -> {setting: table}; without None, the losses of failed runs."""
@@ -293,10 +263,9 @@ def next_runs(results, plan):
     keys = []
     for setting in plan.settings:
         for stage in stages(tables.get(setting, {}), plan):
-            wanted = [(setting, *pair) for pair in dict.fromkeys(stage)]
-            wanted = [key for key in wanted if key not in results]
-            if wanted:
-                keys += wanted
+            new = [(setting, *pair) for pair in dict.fromkeys(stage) if (setting, *pair) not in results]
+            if new:
+                keys += new
                 break
     if keys and len(results) < plan.max_runs:
         return keys[:plan.max_runs - len(results)], None
@@ -307,10 +276,7 @@ def next_runs(results, plan):
     return [], "ran all that its plan asks for"
 
 # --------------------------------------------------------------------------------------------------
-# Runs: where they lie, how they ended, and which may be compared
-
-class Stopped(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP: the number of the signal."""
+# The folders of runs: how each run ended, and which may be compared
 
 def die(message):
     print(f"sweep.py: {message}", file=sys.stderr)
@@ -322,62 +288,58 @@ def folder(plan, key):
     varied = ",".join(f"{flag}={value}" for flag, value in setting)
     return plan.dir / re.sub(r"[^\w.+=,-]+", "_", f"{varied}-lr{lr:g}-s{seed}".lstrip("-"))
 
-def command(plan, key, *more):
-    """train.py with the flags of one run."""
-    setting, lr, seed = key
-    flags = [word for flag, value in setting for word in (f"--{flag}", value)]
-    flags += ["--lr", f"{lr:g}", "--seed", str(seed), "--out", str(folder(plan, key))]
-    return [sys.executable, str(TRAIN), *plan.flags, *flags, "--resume", "--no-plot", *more]
-
 def judge(runs):
     """Sets status and loss of each run, beside the best: inf where it diverged, None where it goes on."""
     for run in runs:
-        loss = run["summary"].get("final_val_loss")
-        run["status"] = run["summary"].get("status") or "running"
-        run["loss"] = None
-        if run["status"] in plot.STATUSES:
-            run["loss"] = math.inf
-            if run["status"] != "diverged" and isinstance(loss, float):
-                run["loss"] = loss
+        status = run["summary"].get("status") or "running"
+        loss = run["summary"].get("final_val_loss") if status in plot.STATUSES else None
+        if status in plot.STATUSES and (status == "diverged" or not isinstance(loss, float)):
+            status, loss = "diverged", math.inf
+        run.update(status=status, loss=loss)
     alive = [run for run in runs if run["loss"] not in (None, math.inf) and len(run["train"]["train_loss"])]
-    best = min(alive, key=lambda run: run["loss"], default=None)
+    alive.sort(key=lambda run: run["loss"])
     for run in alive:
-        level = np.median(best["train"]["train_loss"][-5:])
+        level = np.median(alive[0]["train"]["train_loss"][-5:])
         run["status"] = plot.classify(run["train"]["train_loss"], level)
-    for run in runs:
-        if run["loss"] == math.inf or run["status"] == "diverged":
-            run.update(status="diverged", loss=math.inf)
+        if run["status"] == "diverged":
+            run["loss"] = math.inf
 
-def load(plan, keys):
-    """{key: run} of those that are finished, judged beside each other."""
+def losses(plan, keys):
+    """{key: loss}, judged beside each other; None: not finished, or not there."""
     runs = {key: plot.read_run(folder(plan, key)) for key in keys}
     judge([run for run in runs.values() if run])
-    return {key: run for key, run in runs.items() if run and run["loss"] is not None}
+    return {key: run and run["loss"] for key, run in runs.items()}
 
-def check(runs, mix_code=True):
-    """Losses of other texts, tokenizers or, without mix_code, other code than today's are not compared."""
+def comparable(dir, mix_code=True):
+    """All runs in a folder. Dies at two texts or tokenizers and, without mix_code, at code since edited."""
+    runs = plot.read_runs(dir) if dir.is_dir() else []
     corpora = {}
     for run in runs:
         data = run["config"].get("data") or {}
-        code = run["config"].get("code") or {}
         corpora[data.get("train_sha256"), data.get("val_sha256")] = run["name"]
-        now = {name: hashlib.sha256(TRAIN.with_name(name).read_bytes()).hexdigest() for name in code}
-        if now != code and not mix_code:
-            die(f"the code changed since {run['name']} began; choose another --name, or compare old and new "
-                "code with --mix-code")
+        for name, digest in (run["config"].get("code") or {}).items():
+            if not mix_code and digest != hashlib.sha256(TRAIN.with_name(name).read_bytes()).hexdigest():
+                die(f"the code changed since {run['name']} began ({name}); choose another --name, or compare "
+                    "old and new code with --mix-code")
     if len(corpora) > 1:
         die(f"{' and '.join(corpora.values())} read other data; choose another --name")
+    return runs
 
 # --------------------------------------------------------------------------------------------------
-# Running
+# Processes
 
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+class Stopped(SystemExit):
+    """Ctrl-C, SIGTERM or SIGHUP, with the exit status."""
 
-def die_with_parent():
-    LIBC.prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG: a killed sweep leaves no run beside its successor's
+def on_signal(number, frame):
+    raise Stopped(128 + number)
 
-# A child has a session of its own: Ctrl-C reaches the sweep alone, which passes it on.
-CHILD = dict(stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent if LIBC else None)
+# A child has a session of its own: Ctrl-C reaches the sweep alone, which passes it on. On Linux it dies with
+# its parent (PR_SET_PDEATHSIG is 1): a killed sweep leaves no run beside its successor's.
+CHILD = dict(stdin=subprocess.DEVNULL, start_new_session=True)
+if sys.platform == "linux":
+    LIBC = ctypes.CDLL(None)
+    CHILD["preexec_fn"] = lambda: LIBC.prctl(1, signal.SIGKILL)
 
 def visible_gpus(device):
     """Ids of the GPUs to share out, without importing torch (2 s); cuda:1 is train.py's to find."""
@@ -388,6 +350,20 @@ def visible_gpus(device):
     if device not in ("auto", "cuda") or names in (None, "", "-1"):
         return []
     return names.replace(" ", "").split(",")
+
+def command(plan, key, *more):
+    """train.py with the flags of one run."""
+    setting, lr, seed = key
+    varied = [word for flag, value in setting for word in (f"--{flag}", value)]
+    own = ["--lr", f"{lr:g}", "--seed", str(seed), "--out", str(folder(plan, key)), "--resume", "--no-plot"]
+    return [sys.executable, str(TRAIN), *plan.flags, *plan.corpus, *varied, *own, *more]
+
+def ask_train(plan, key, flag):
+    """What train.py prints at once, --dry-run or --prepare; where it refuses, it has said why."""
+    asked = subprocess.run(command(plan, key, flag), stdout=subprocess.PIPE, text=True, **CHILD)
+    if asked.returncode:
+        raise SystemExit(2)
+    return asked.stdout
 
 def start(plan, key, slot):
     """Starts train.py; each GPU has its share of the slots, and each run its share of the cores."""
@@ -400,6 +376,19 @@ def start(plan, key, slot):
     with open(folder(plan, key) / "stderr.log", "wb") as log:
         return subprocess.Popen(command(plan, key), stdout=subprocess.DEVNULL, stderr=log, env=env, **CHILD)
 
+def finish(plan, key):
+    """One run has ended: its loss, or the end of its log. Its status waits for better runs to judge it by."""
+    loss = losses(plan, [key])[key]
+    log = folder(plan, key) / "stderr.log"
+    text = log.read_text(errors="replace")
+    if not text:
+        log.unlink()
+    if loss is None:
+        tail = "\n".join(text.splitlines()[-6:])
+        print(f"{log.parent.name}: FAILED, the others go on. The end of {log}:\n{tail}")
+    else:
+        print(f"{log.parent.name}: val loss {loss:.3f}".replace("val loss inf", "diverged"))
+
 def execute(plan, keys):
     """One round, plan.jobs runs at a time, a line as each ends."""
     running = {}    # slot: (key, process)
@@ -407,79 +396,54 @@ def execute(plan, keys):
         while keys or running:
             for slot in range(plan.jobs):
                 if slot in running and running[slot][1].poll() is not None:
-                    print(finish(plan, *running.pop(slot)))
+                    finish(plan, running.pop(slot)[0])
                 if slot not in running and keys:
                     running[slot] = keys[0], start(plan, keys[0], slot)
                     keys = keys[1:]
             time.sleep(0.05)
-    finally:    # interrupted, or a full disk
-        stop([process for _, process in running.values()])
-
-def stop(children):
-    """Ctrl-C for children: each saves a checkpoint and ends. A second signal kills them."""
-    try:
-        for child in children:
+    finally:    # interrupted, or a full disk: Ctrl-C, on which each saves a checkpoint and ends
+        for _, process in running.values():
             if os.name == "posix":  # elsewhere the console has told them
-                child.send_signal(signal.SIGINT)
-        for child in children:
-            child.wait()
-    except Stopped:
-        for child in children:
-            child.kill()
+                process.send_signal(signal.SIGINT)
+        for _, process in running.values():
+            process.wait()
 
-def finish(plan, key, process):
-    """One run has ended: its loss, or the end of its log. Its status waits for better runs to judge it by."""
-    log = folder(plan, key) / "stderr.log"
-    text = log.read_text(errors="replace")
-    found = load(plan, [key])
-    if not found or process.returncode:
-        plan.failed.append(key)
-        tail = "\n".join(text.splitlines()[-6:])
-        return f"{log.parent.name}: FAILED, the others go on. The end of {log}:\n{tail}"
-    if not text:
-        log.unlink()
-    return f"{log.parent.name}: val loss {found[key]['loss']:.3f}".replace("val loss inf", "diverged")
-
-def ask_train(plan, key, flag):
-    """What train.py prints at once, --dry-run or --prepare; where it refuses, it has said why."""
-    asked = subprocess.run(command(plan, key, flag), stdout=subprocess.PIPE, text=True, **CHILD)
-    if asked.returncode:
-        raise SystemExit(2)
-    return asked.stdout
-
-def prepare(plan, key, meta):
-    """Once, before the first run: one corpus, one code, one owner."""
-    if len(plan.settings) > 1:  # each setting reads the corpus that the largest budget needs
-        tokens = [ask_train(plan, (setting, *key[1:]), "--dry-run") for setting in plan.settings]
-        plan.flags = plan.flags + ["--data-tokens", str(max(map(int, tokens)))]
-    if not plan.dry_run:
-        if plan.dir.is_dir():
-            check(plot.read_runs(plan.dir), plan.mix_code)
-        ask_train(plan, key, "--prepare")   # in plain sight
-        plan.owner = lock(plan.dir)
-        write_aside(plan.dir / "sweep.json", json.dumps(meta, indent=1).encode())
+def prepare(plan, todo):
+    """Once, before the first run: one corpus, one code, and one owner of the folder. Returns its lock."""
+    if todo and len(plan.settings) > 1:     # each setting reads the corpus that the largest budget needs
+        tokens = [int(ask_train(plan, (setting, *todo[0][1:]), "--dry-run")) for setting in plan.settings]
+        plan.corpus = ["--data-tokens", str(max(tokens))]
+    if plan.dry_run:
+        for key in todo:
+            print(f"cd {shlex.quote(os.getcwd())} && {shlex.join(command(plan, key))}")
+        raise SystemExit(0)
+    if todo:
+        comparable(plan.dir, plan.mix_code)
+        ask_train(plan, todo[0], "--prepare")   # in plain sight
         print(f"runs go to {plan.dir}, {plan.jobs} at a time")
+    else:
+        print("all runs were finished before and are kept; for new ones choose another --name")
+    return lock(plan.dir)
 
-def search(plan, meta):
-    """Round after round; a restart replays them, and finished runs answer at once. Returns why it ended."""
+def run_sweep(plan):
+    """Round after round; a restart replays them, and finished runs answer at once. Then the report."""
+    made_with = (plot.read_json(plan.dir / "sweep.json") or vars(plan)).get("flags")
+    if made_with != plan.flags:
+        die(f"{plan.dir} was made with other flags, {made_with}; choose another --name")
     asked = []
-    while True:
-        runs = load(plan, asked)
-        check(runs.values())
-        results = {key: None for key in asked} | {key: run["loss"] for key, run in runs.items()}
+    owner = ended = None
+    while not ended:
+        results = losses(plan, asked)
         keys, ended = next_runs(results, plan)
-        if ended:
-            return ended
-        finished = load(plan, keys)
-        todo = [key for key in keys if key not in finished]
-        if todo and not plan.owner:
-            prepare(plan, todo[0], meta)
-        if todo and plan.dry_run:
-            for key in todo:
-                print(f"cd {shlex.quote(os.getcwd())} && {shlex.join(command(plan, key))}")
-            return None
-        execute(plan, todo)
         asked += keys
+        todo = [key for key, loss in losses(plan, keys).items() if loss is None]
+        if todo or ended:
+            owner = owner or prepare(plan, todo)
+            write_json(plan.dir / "sweep.json", dict(flags=plan.flags, ended=ended))
+        execute(plan, todo)
+    text = report(plan.dir, plan.margin).split("## ")[0].replace("**", "")
+    print(f"\n{text}Table, analysis and pictures: {plan.dir}")
+    return int(None in results.values())
 
 # --------------------------------------------------------------------------------------------------
 # Analysis: insights.json
@@ -489,80 +453,75 @@ def analyse(runs, margin=0.01, ended=None):
     judge(runs)
     for run in runs:
         run["setting"] = re.sub(r"-?lr[\d.e+-]+-s\d+$", "", run["name"])   # what varies
-    finished = [run for run in runs if run["loss"] is not None]
-    tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in finished})
+    tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in runs})
     winner, comparisons = compare_settings(tables, margin)
-    settings = []
+    settings = [analyse_setting(label, table, runs) for label, table in tables.items()]
     best = None
-    for label, table in tables.items():
-        s = analyse_setting(label, table, [run for run in finished if run["setting"] == label])
-        settings.append(s)
-        if label == winner:
-            best = dict(setting=label, lr=s["best_lr"], val_loss=s["best_loss"], low=s["low"], high=s["high"])
-    minutes = sum(run["summary"].get("seconds") or 0 for run in runs) / 60
-    unfinished = [run["name"] for run in runs if run["loss"] is None]
-    one_batch = any(run["args"].get("full_batch") for run in runs)
-    return dict(best=best, use=best, ended=ended, margin=margin, comparisons=comparisons, settings=settings,
-                runs=len(runs), minutes=minutes, unfinished=unfinished, one_batch=one_batch)
+    for s in settings:
+        if s["label"] == winner:
+            best = dict(setting=winner, lr=s["best_lr"], val_loss=s["best_loss"], low=s["low"],
+                        high=s["high"])
+    insights = dict(best=best, use=best, ended=ended, margin=margin, comparisons=comparisons,
+                    settings=settings, runs=len(runs),
+                    minutes=sum(run["summary"].get("seconds") or 0 for run in runs) / 60,
+                    unfinished=[run["name"] for run in runs if run["loss"] is None],
+                    one_batch=any(run["args"].get("full_batch") for run in runs))
+    return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
 
 def analyse_setting(label, table, runs):
-    """One setting over its rates."""
-    rates = []
-    for lr in sorted(table):
-        rates.append(analyse_rate([run for run in runs if run["lr"] == lr]))
+    """One setting: what is known of its best rate, a row for each rate, and what these have in common."""
     best = best_rate(table)
     s = dict(label=label, best_lr=best, best_loss=None, low=None, high=None, as_good=[], noise=None,
-             bracketed=False, edge=None, rates=rates, seeds=len(table.get(best, [])))
+             bracketed=False, edge=None, seeds=len(table.get(best, [])))
+    worse = []
     if best:
-        worse, good, s["low"], s["high"] = compare_rates(table, best)
+        worse, good, low, high = compare_rates(table, best)
         squares, df = noise_near(table, best)
-        s["as_good"] = [lr for lr in good if max(table[lr].values()) < math.inf]
-        s["noise"] = math.sqrt(squares / df) if df else None
-        s["best_loss"] = mean(table[best].values())
-        s["bracketed"] = len(neighbours(table, best)) == 2
+        s.update(best_loss=mean(table[best].values()), low=low or None, high=high,
+                 as_good=[lr for lr in good if max(table[lr].values()) < math.inf],
+                 noise=math.sqrt(squares / df) if df else None, bracketed=len(neighbours(table, best)) == 2)
+    s["rates"] = rates = []
+    for lr in sorted(table):
+        row = analyse_rate([run for run in runs if (run["setting"], run["lr"]) == (label, lr)])
+        row.update(shown=lr in worse, difference=rise(table[lr], table.get(best, {})))
+        if row["difference"] < math.inf:    # without its seeds' luck: in the order of the pairs
+            row["val_loss"] = s["best_loss"] + row["difference"]
+        rates.append(row)
+    if best:
         s["edge"] = find_edge(rates, best)
-        for row in rates:
-            row["shown"] = row["lr"] in worse
-            row["difference"] = finite(rise(table[row["lr"]], table[best]))
-            if row["difference"] is not None:   # without its seeds' luck: in the order of the pairs
-                row["val_loss"] = s["best_loss"] + row["difference"]
 
-    alive = [row for row in rates if row["val_loss"] is not None]
-    losses = [row["val_loss"] for row in alive]
-    s["summary"] = dict(mean=mean(losses), deviation=deviation(losses), best=min(losses, default=None),
-                        worst=max(losses, default=None))
-    s["correlation"] = dict.fromkeys(("loss", "accuracy", "perplexity"))
-    logs = [math.log(row["lr"]) for row in alive]
-    for what in s["correlation"]:
-        values = np.array([row["val_" + what] for row in alive], float)
-        if len(alive) > 2:
-            with np.errstate(all="ignore"):     # no variation, no correlation
-                s["correlation"][what] = finite(np.corrcoef(logs, values)[0, 1])
+    x = [[math.log(row["lr"]), row["val_loss"], row["val_accuracy"], row["val_perplexity"]]
+         for row in rates if math.isfinite(row["val_loss"])]    # (rates that survived, 4)
+    values = [row[1] for row in x] or [math.nan]
+    s["summary"] = dict(mean=mean(values), deviation=deviation(values), best=min(values), worst=max(values))
+    with np.errstate(all="ignore"):     # no variation, no correlation
+        correlations = np.corrcoef(x, rowvar=False)[0, 1:] if len(x) > 2 else [None] * 3
+    s["correlation"] = dict(zip(("loss", "accuracy", "perplexity"), correlations))
     return s
 
 def analyse_rate(runs):
     """One rate over its seeds; the means are of those that survived."""
+    runs = [run for run in runs if run["loss"] is not None]
     alive = [run for run in runs if run["loss"] < math.inf]
     states = [run["status"] for run in runs]
-    row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], difference=None, shown=False,
-               status=max(states, key=plot.STATUSES.index), unstable=states.count("unstable"),
-               diverged=states.count("diverged"), deviation=deviation([run["loss"] for run in alive]))
-    for name in ("val_loss", "val_accuracy", "val_perplexity", "val_bpb"):
-        row[name] = mean(run["summary"].get("final_" + name) for run in alive)
-    row["max_grad_norm"] = mean(run["summary"].get("max_grad_norm") for run in runs)
-    seconds = mean(run["summary"].get("seconds") for run in alive) or math.inf
-    row["accuracy_per_minute"] = 60 * (row["val_accuracy"] or 0) / seconds or None
-    return row
+    row = {name: mean(run["summary"].get("final_" + name) for run in alive)
+           for name in ("val_loss", "val_accuracy", "val_perplexity", "val_bpb")}
+    minutes = mean(run["summary"].get("seconds") for run in alive) / 60
+    return row | dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs],
+                      status=max(states, key=plot.STATUSES.index), unstable=states.count("unstable"),
+                      diverged=states.count("diverged"), deviation=deviation([run["loss"] for run in alive]),
+                      max_grad_norm=mean(run["summary"].get("max_grad_norm") for run in runs),
+                      accuracy_per_minute=row["val_accuracy"] / max(minutes, 1e-9))
 
 def find_edge(rates, best):
     """The first unstable and the first diverged rate above the best, in how many of their seeds, and the rate
     below the diverged one: runs begin to diverge somewhere between these two."""
-    edge = dict(lr=None, ratio=None, survived=None, unstable=None, diverged=None)
-    for row, below in zip(rates[1:], rates):
+    edge = dict.fromkeys(("lr", "ratio", "survived", *plot.EDGE))
+    for below, row in reversed(list(itertools.pairwise(rates))):
         for status in plot.EDGE:
-            if row["lr"] > best and row[status] and not edge[status]:
+            if row["lr"] > best and row[status]:
+                edge["lr"] = row["lr"]
                 edge[status] = dict(lr=row["lr"], seeds=row[status], of=len(row["seeds"]))
-                edge["lr"] = edge["lr"] or row["lr"]
                 if status == "diverged":
                     edge.update(ratio=row["lr"] / best, survived=below["lr"])
     return edge if edge["lr"] else None
@@ -573,14 +532,13 @@ def find_edge(rates, best):
 COLUMNS = ("steps", "final_val_loss", "final_val_accuracy", "final_val_perplexity", "final_val_bpb",
            "final_train_loss", "best_val_loss", "best_val_step", "max_grad_norm")   # no times: repeatable
 
-ONE_SEED = """**Use {best_lr:g} {label}**, validation loss {best_loss:.3f} nats a token. It has the lowest \
-loss with **one seed**; another seed may have another best. As a rule of thumb, not a test, the optimum lies \
-from {between}; the limits are over 0.1 nats worse. As good, as far as one seed can tell: {good}."""
-SEEDS = """**Use {best_lr:g} {label}**, validation loss {best_loss:.3f} nats a token. It has the lowest mean \
-of {seeds} seeds. The optimum lies from {between}; paired tests show the limits to be worse, 95% together \
-(noise {noise:.4f} nats). As good, as far as {seeds} seeds can tell: {good}."""
-FIRST = "The first {} rate above the best is {lr:g}, in {seeds} of {of} seeds."
-NONE = "No rate from the best to {:g} was {}."
+USE = "**Use {best_lr:g} {label}**, validation loss {best_loss:.3f} nats a token. It has "
+TESTED = """the lowest mean of {seeds} seeds. The optimum lies from {between}; paired tests show the limits \
+to be worse, 95% together (noise {noise:.4f} nats). As good, as far as {seeds} seeds can tell: {good}."""
+ONE_SEED = """the lowest loss with **one seed**; another seed may have another best. As a rule of thumb, not \
+a test, the optimum lies from {between}; the limits are over 0.1 nats worse. As good, as far as one seed can \
+tell: {good}."""
+ONE_RATE = "no rival: no other rate survived all its {seeds} seeds, and where the optimum lies is not known."
 DIVERGE = """Runs begin to diverge somewhere between {survived:g} and there, at {least:.1f} to {ratio:.1f} \
 times the best rate; by the folk rule 2 to 4 is usual, less is near the edge, more is conservative."""
 RATES = """## Rates {label}
@@ -591,8 +549,10 @@ def answer(s):
     """The rate to use, how sure that is, and between which rates the optimum lies."""
     limits = [f"{lr:g}" if lr else "no known limit" for lr in (s["low"], s["high"])]
     good = [f"{lr:g}" for lr in s["as_good"] if lr != s["best_lr"]]
-    sentences = ONE_SEED if s["noise"] is None else SEEDS
-    text = sentences.format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
+    text = TESTED
+    if s["noise"] is None:
+        text = ONE_SEED if s["seeds"] == 1 else ONE_RATE
+    text = (USE + text).format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
     return text.replace(" **,", "**,")
 
 def edge_text(s):
@@ -601,74 +561,75 @@ def edge_text(s):
     text = []
     for status in plot.EDGE:
         if edge.get(status):
-            text.append(FIRST.format(status, **edge[status]))
+            first = "The first {} rate above the best is {lr:g}, in {seeds} of {of} seeds."
+            text.append(first.format(status, **edge[status]))
         else:
-            text.append(NONE.format(s["rates"][-1]["lr"], status))
+            text.append(f"No rate from the best to {s['rates'][-1]['lr']:g} was {status}.")
     if edge.get("diverged"):
         text.append(DIVERGE.format(**edge, least=edge["survived"] / s["best_lr"]))
     return " ".join(text)
 
-def markdown(rows, *columns):
+def markdown(rows, columns):
     """A table of some columns of insights.json."""
-    lines = [columns, ["---"] * len(columns)]
+    lines = [columns.split(), ["---"] * len(columns.split())]
     for row in rows:
-        cells = [row[column] for column in columns]
+        cells = [row[column] for column in lines[0]]
         lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("None", "")
 
 def write_up(insights):
     """lr_sweep_analysis.md, the answer first. Every number in it comes out of insights."""
-    best = insights["best"]
-    text = ["# Which learning rate?", "There is no answer: no run has survived. Try lower rates with --lrs."]
-    text.append("The search {ended}. {runs} runs took {minutes:.1f} minutes.".format(**insights))
+    use = insights["use"]
+    comparisons = insights["comparisons"]
+    first = "There is no answer: no run has survived. Try lower rates with --lrs."
+    text = ["The search {ended}. {runs} runs took {minutes:.1f} minutes.".format(**insights)]
     if insights["unfinished"]:
         text.append(f"Left out, not finished or damaged: {', '.join(insights['unfinished'])}.")
-    unsure = [c["worse"] for c in insights["comparisons"] if c["verdict"] != "shown"]
+    unsure = [c["worse"] for c in comparisons if c["verdict"] != "shown"]
     if unsure:
-        text.append(f"{best['setting']} is not shown to be better than {' and '.join(unsure)}.")
-    if insights["comparisons"]:
+        text.append(f"{use['setting']} is not shown to be better than {' and '.join(unsure)}.")
+    if comparisons:
         text.append("## Settings, each at its best rate (same: within {margin:g} nats)".format(**insights))
-        text.append(markdown(insights["comparisons"], "better", "worse", "difference", "low", "high", "seeds",
-                             "verdict"))
+        text.append(markdown(comparisons, "better worse difference low high seeds verdict"))
     for s in insights["settings"]:
-        if best and best["setting"] == s["label"]:
-            text[1] = answer(s)
-        if insights["one_batch"]:
-            text[1] = ("These runs fit one batch again and again: their validation loss recommends no rate. "
-                       "Look at sharpness.png and edge_of_stability.png.")
         text.append(RATES.format(**s))
-        text.append(markdown(s["rates"], "lr", "seeds", "status", "unstable", "diverged", "difference",
-                             "shown", "val_bpb"))
+        text.append(markdown(s["rates"], "lr seeds status unstable diverged difference shown val_bpb"))
+        if use and use["setting"] == s["label"]:
+            first = answer(s)
         if s["best_lr"]:
             text.append(edge_text(s))
-        text.append("Over the rates that survived:")
-        text.append(markdown([s["summary"]], "mean", "deviation", "best", "worst"))
-        text.append("Correlation with log rate:")
-        text.append(markdown([s["correlation"]], "loss", "accuracy", "perplexity"))
-    return "\n\n".join(text).replace(" \n", "\n") + "\n"
+        text.append("Over the rates that survived, and the correlation of their log rate with:")
+        text.append(markdown([s["summary"] | s["correlation"]],
+                             "mean deviation best worst loss accuracy perplexity"))
+    if insights["one_batch"]:
+        first = ("These runs fit one batch again and again: their validation loss recommends no rate. "
+                 "Look at sharpness.png and edge_of_stability.png.")
+    return "\n\n".join(["# Which learning rate?", first, *text]).replace(" \n", "\n") + "\n"
+
+def write_json(path, value):
+    write_aside(path, json.dumps(value, indent=1).encode())
 
 def report(dir, margin):
     """Reads the runs under dir, and writes table, analysis and all pictures there; returns the analysis."""
-    runs = plot.read_runs(dir) if dir.is_dir() else []
+    runs = comparable(dir)
     if not runs:
         die(f"{dir} holds no run with a readable config.json")
-    check(runs)
     meta = plot.read_json(dir / "sweep.json") or {}
     insights = analyse(runs, margin, meta.get("ended") or "goes on: the same command continues it")
     names = [run["name"] for run in runs]
     insights["unfinished"] += sorted(x.name for x in dir.iterdir() if x.is_dir() and x.name not in names)
-    table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["setting", "lr", "seed", "status", *COLUMNS])
+    rows = [["setting", "lr", "seed", "status", *COLUMNS]]
     for run in runs:
         values = [run["summary"].get(column) for column in COLUMNS]     # csv writes None as nothing
-        rows.writerow([run["setting"], f"{run['lr']:g}", run["seed"], run["status"], *values])
+        rows.append([run["setting"], f"{run['lr']:g}", run["seed"], run["status"], *values])
         if not (run["dir"] / "loss_curves.png").exists():
             plot.draw_run(run["dir"])
     text = write_up(insights)
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(rows)
     write_aside(dir / "summary_table.csv", table.getvalue().encode())
-    write_aside(dir / "insights.json", json.dumps(insights, indent=1, allow_nan=False).encode())
     write_aside(dir / "lr_sweep_analysis.md", text.encode())
+    write_json(dir / "insights.json", insights)
     plot.draw_sweep(dir, runs, insights)
     return text
 
@@ -686,11 +647,6 @@ def positive(text):
         raise ValueError
     return int(text)
 
-def nats(text):
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
 def parse_vary(texts):
     """["a=1,2", "b,c=3:4,5:6"] -> every combination, tuples of (flag, value); [] -> one empty setting."""
     axes = []
@@ -706,7 +662,7 @@ def parse_vary(texts):
     return [sum(combination, ()) for combination in itertools.product(*axes)]
 
 def parse_flags(argv):
-    """argparse, twice: --preset and --study give the others defaults. -> all, and the flags for train.py."""
+    """-> the flags of the study and of argv; those for train.py; and of these, the ones in argv."""
     about = "Sweep the learning rate. Flags not listed here go on to train.py."
     p = argparse.ArgumentParser("sweep.py", allow_abbrev=False, add_help=False, description=about,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -716,12 +672,14 @@ def parse_flags(argv):
     add("--study", choices=STUDIES, help="a named plan, which sets defaults of the others")
     first, _ = p.parse_known_args(argv)
     grid = GRIDS[first.preset]
-    study = dict(lrs=grid, flags=[]) | STUDIES.get(first.study, {})
-    if "around" in study:
-        study["lrs"] = [float(f"{factor * grid[(len(grid) - 1) // 2]:.2g}") for factor in study["around"]]
+
+    def multiple(text):
+        return learning_rate(f"{float(text) * grid[(len(grid) - 1) // 2]:.2g}")
 
     add("-h", "--help", action="help", help="show this and stop")
-    add("--lrs", nargs="+", type=learning_rate, help="rates to start from")
+    add("--lrs", nargs="+", type=learning_rate, default=grid, help="rates to start from")
+    add("--around", nargs="+", type=multiple, dest="lrs", default=argparse.SUPPRESS,
+        help="instead of --lrs: multiples of the middle rate that --preset starts from")
     add("--seeds", type=positive, default=1, help="of the rates that matter")
     add("--refine", type=int, default=0, choices=range(10),
         help="halve the distance between rates around the best, so often")
@@ -730,78 +688,60 @@ def parse_flags(argv):
         help="go outward to the edge and close in on the best; --no-widen: only the rates given")
     add("--max-runs", type=positive, help="at most this many; None: 16 for each setting and seed")
     add("--jobs", type=positive, help="runs at once; None: as many as pay")
-    add("--margin", type=nats, default=0.01, help="nats: settings within it are called the same")
+    add("--margin", type=float, default=0.01, help="nats: settings within it are called the same")
     add("--name", help="folder under runs/; None: from the flags")
     add("--device", default="auto", help="as train.py takes it")
     add("--mix-code", action="store_true", help="compare runs of edited code with those before the edit")
     add("--dry-run", action="store_true", help="print the next round's commands, one a line, and stop")
     add("--report", type=Path, help="analyse and draw again what lies in this folder, and stop")
-    p.set_defaults(failed=[], owner=None, **study)
-    return p.parse_known_args(argv)
+    args, flags = p.parse_known_args(STUDIES.get(first.study, "").split() + argv)
+    return args, flags, p.parse_known_args(argv)[1]
 
-def make_plan(args, extra):
-    """args, checked, with what the search and its runs need besides."""
+def make_plan(argv):
+    """The flags, checked, with what the search and its runs need besides."""
+    plan, flags, given = parse_flags(argv)
     own = {"--lr", "--seed", "--out", "--resume", "--prepare", "--data-tokens"}
-    for word in own.intersection(word.split("=")[0] for word in extra):
+    for word in own.intersection(word.split("=")[0] for word in flags):
         die(f"{word} is set by the sweep; see --lrs, --seeds and --name in --help")
-    if args.name is None:
-        varied = [text.split("=")[0] for text in args.vary]
-        words = [args.preset, args.study or "", *varied, *extra]
-        args.name = "-".join(word.strip("-") for word in words if word)
-        args.name = re.sub(r"[^\w.+-]+", "_", args.name)[:150]
-    if Path(args.name).name != args.name or args.name in ("", ".."):
-        die(f"--name {args.name!r}: a plain name, for a folder under runs/")
-    args.dir = Path("runs") / args.name
-    args.flags = ["--preset", args.preset, "--device", args.device, *args.flags, *extra]
-    args.settings = parse_vary(args.vary)
-    args.max_runs = args.max_runs or args.seeds * len(args.settings) * max(16, len(args.lrs))
-    args.gpus = visible_gpus(args.device)
-    fitting = 1     # on a CPU a large run fills all cores, and a Mac has one GPU
-    if args.gpus:
-        fitting = len(args.gpus) * PER_GPU[args.preset]
-    elif args.preset == "tiny" and sys.platform != "darwin":
-        fitting = min(8, cores())
-    args.jobs = args.jobs or fitting
-    return args
-
-def on_signal(number, frame):
-    raise Stopped(number)
+    if plan.name is None:
+        words = [plan.preset, plan.study or "", *(text.split("=")[0] for text in plan.vary), *given]
+        plan.name = re.sub(r"[^\w.+]+", "-", " ".join(words))[:150].strip("-")
+    if Path(plan.name).name != plan.name or plan.name in ("", ".."):
+        die(f"--name {plan.name!r}: a plain name, for a folder under runs/")
+    if not 0 <= plan.margin < math.inf:
+        die(f"--margin {plan.margin}: a number of nats, from 0")
+    plan.dir = Path("runs") / plan.name
+    plan.flags = ["--preset", plan.preset, "--device", plan.device, *flags]
+    plan.corpus = []
+    plan.settings = parse_vary(plan.vary)
+    plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
+    plan.gpus = visible_gpus(plan.device)
+    on_cpu = 1      # a larger run fills all cores, and a Mac has one GPU
+    if plan.preset == "tiny" and sys.platform != "darwin":
+        on_cpu = min(8, cores())
+    plan.jobs = plan.jobs or len(plan.gpus) * PER_GPU[plan.preset] or on_cpu
+    return plan
 
 def main(argv):
     sys.stdout.reconfigure(line_buffering=True)
     for text in [os.getcwd(), *argv]:
         if not text.isprintable():  # a newline would cut a line of --dry-run in two, and run what follows
             die(f"{text!a}: control characters are refused")
-    args, extra = parse_flags(argv)
-    if args.report:
-        print(report(args.report, args.margin))
+    plan = make_plan(argv)
+    if plan.report:
+        print(report(plan.report, plan.margin))
         return 0
-    plan = make_plan(args, extra)
-    meta = dict(flags=plan.flags)
-    old = plot.read_json(plan.dir / "sweep.json") or meta
-    if old.get("flags") != plan.flags:
-        die(f"{plan.dir} was made with other flags, {old.get('flags')}; choose another --name")
     for name in {"SIGINT", "SIGTERM", "SIGHUP"}.intersection(dir(signal)):
         signal.signal(getattr(signal, name), on_signal)
-    try:
-        ended = search(plan, meta)
-        if plan.dry_run:
-            return 0
-        if plan.owner is None:
-            plan.owner = lock(plan.dir)
-            print("all runs were finished before and are kept; for new ones choose another --name")
-        write_aside(plan.dir / "sweep.json", json.dumps(dict(meta, ended=ended), indent=1).encode())
-        text = report(plan.dir, plan.margin).split("## ")[0].replace("**", "")
-        print(f"\n{text}Table, analysis and pictures: {plan.dir}")
-        return int(bool(plan.failed))
-    except Stopped as stopped:
-        print("stopped; every run keeps what it has. The same command goes on")
-        return 128 + stopped.args[0]
+    return run_sweep(plan)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
+    except Stopped:
+        print("stopped; every run keeps what it has. The same command goes on")
+        raise
     except BrokenPipeError:     # whoever read the lines has gone (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -107,14 +107,13 @@ def cell(name, sigma, seeds, trials):
     for trial in range(trials):
         loss, optimum, regret = law(trial, sigma, **CELLS[name])
         tables, results, _ = search(loss, lrs=CELLS[name].get("lrs", GRID), seeds=seeds)
-        best = sweep.best_rate(tables[()])
-        low, high = sweep.compare_rates(tables[()], best)[-2:]
-        low = low or 0
-        high = high or math.inf
-        holds = low <= optimum <= high
+        table = tables[()]
+        best = sweep.best_rate(table)
+        low, high = sweep.compare_rates(table, best)[-2:]
         width = math.inf
         if low:
             width = high / low
+        holds = low <= optimum <= high
         found.append((holds, width, math.isinf(width), regret(best), len(results)))
     holds, width, unbounded, regret, runs = zip(*found)
     return np.mean(holds), np.median(width), np.mean(unbounded), np.median(regret), np.mean(runs)
@@ -130,7 +129,8 @@ def claims(shape, sigma, seeds, factors, above, trials):
         for i, pair in enumerate(zip(factors, worse)):
             settings.append((("optimum", pair), ("id", i)))
         tables = search(loss, settings, seeds=seeds)[0]
-        count += any(c["verdict"] == "shown" for c in sweep.compare_settings(tables, 0.01)[1])
+        comparisons = sweep.compare_settings(tables, 0.01)[1]
+        count += any(c["verdict"] == "shown" for c in comparisons)
     return count / trials
 
 

@@ -99,12 +99,14 @@ def test_vary_combines_values():
 
 def test_studies_try_what_they_say():
     for study, rates in (("explore", 5), ("extend", 11), ("fine", 9), ("wide", 26), ("schedules", 1)):
-        args, extra = sweep.parse_flags(["--study", study, "--preset", "moe", "--max-steps", "7"])
-        assert len(set(args.lrs)) == rates
-        assert not args.widen
-    assert extra == ["--max-steps", "7"]
-    assert args.lrs == [0.065] and args.seeds == 3
-    assert len(sweep.parse_vary(args.vary)) == 5
+        plan = sweep.make_plan(["--study", study, "--preset", "moe", "--max-steps", "7"])
+        assert len(set(plan.lrs)) == rates
+        assert not plan.widen
+        assert plan.flags[-2:] == ["--max-steps", "7"]
+    assert plan.lrs == [0.065] and plan.seeds == 3
+    assert len(plan.settings) == 5
+    plan = sweep.make_plan(["--study", "schedules", "--lrs", "2e-3", "--seeds", "2"])
+    assert plan.lrs == [2e-3] and plan.seeds == 2   # the command line overrides
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ def test_two_settings_are_compared_by_the_paired_t_interval():
     assert sweep.compare_settings(tables, 0.1)[1][0]["verdict"] == "same"
     lone = {"a": {1e-3: {0: 3.0}}, "b": {1e-3: {0: 4.0}}}
     [c] = sweep.compare_settings(lone, 0.01)[1]
-    assert c["verdict"] == "not shown" and c["low"] is None
+    assert c["verdict"] == "not shown" and c["low"] == -math.inf
 
 
 def test_what_a_finer_grid_could_gain_is_where_the_chords_meet():
@@ -145,11 +147,11 @@ def test_what_a_finer_grid_could_gain_is_where_the_chords_meet():
     gains = sweep.finer_gains(table, rates[2])
     assert list(gains.values()) == pytest.approx([0.5, 0.5], abs=0.01)     # slopes 3 and -1 meet at 1/2
     kink = {lr: {0: 0.1 * abs(math.log(lr) - 2.3)} for lr in rates}
-    assert sweep.finer_gain(kink, rates[2]) == pytest.approx(0.03, abs=0.001)
+    assert max(sweep.finer_gains(kink, rates[2]).values()) == pytest.approx(0.03, abs=0.001)
     table[rates[3]] = {0: math.inf}
     assert sweep.finer_gains(table, rates[2])[rates[3]] == pytest.approx(1)
-    assert sweep.finer_gain({1.0: {0: 1.0}, 2.0: {0: 2.0}}, 1.0) == math.inf
-    assert sweep.finer_gain({1.0: {0: 1.0}}, 1.0) == 0
+    assert sweep.finer_gains({1.0: {0: 1.0}, 2.0: {0: 2.0}}, 1.0) == {2.0: math.inf}
+    assert sweep.finer_gains({1.0: {0: 1.0}}, 1.0) == {}
 
 
 def test_the_best_survived_in_all_seeds_and_a_wild_neighbour_sets_no_noise():
@@ -242,6 +244,12 @@ def test_one_seed_says_what_it_cannot_show(tmp_path):
     assert len(rows(tmp_path / "runs/tiny-schedule")) == 6
 
 
+def test_one_rate_with_several_seeds_is_not_called_one_seed(tmp_path):
+    assert run(tmp_path, "--study", "schedules", "--lrs", "2e-3").returncode == 0
+    text = analysis(tmp_path / "runs/tiny-schedules-warmup-ratio-min-lr-ratio")
+    assert "no other rate survived all its 3 seeds" in text and "one seed" not in text
+
+
 def test_at_max_runs_the_text_says_so(tmp_path):
     assert run(tmp_path, "--max-runs", "5").returncode == 0
     assert "ended at the limit of 5 runs" in analysis(tmp_path / "runs/tiny")
@@ -252,6 +260,7 @@ BAD = """
 --lrs -1 | --lrs
 --lrs nan | nan
 --lrs fast | fast
+--around 1 0 | --around
 --seeds 0 | --seeds
 --seeds 1e30 | 1e30
 --study nope | explore
@@ -440,8 +449,7 @@ def test_gpus_and_jobs(monkeypatch, tmp_path):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert sweep.visible_gpus("auto") == ["0", "1"]
-    args, extra = sweep.parse_flags(["--preset", "moe"])
-    assert sweep.make_plan(args, extra).jobs == 4
+    assert sweep.make_plan(["--preset", "moe"]).jobs == 4
 
 
 def test_with_the_real_training_program(tmp_path):
