@@ -94,10 +94,9 @@ COLUMNS = ("step", "lr", "train_loss", "grad_norm", "val_loss",     # of metrics
 def read_json(path):
     """The object in a JSON file as a dict, or None where there is none that can be read."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return dict(**json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):    # a TypeError: a list, a number
         return None
-    return value if isinstance(value, dict) else None
 
 def read_metrics(path):
     """metrics.csv -> {column: array}; COLUMNS are there, nan where the file has nothing."""
@@ -126,7 +125,7 @@ def read_metrics(path):
 def read_run(dir):
     """The run in a folder; train: the rows of steps, not of evaluations. None: no readable config.json."""
     dir = Path(dir)
-    config = read_json(dir / "config.json") or {}
+    config = read_json(dir / "config.json")
     try:
         lr = float(config["args"]["lr"])
         seed = int(config["args"]["seed"])
@@ -152,6 +151,7 @@ LABELS = {"train_loss": "training loss (nats a token)", "val_loss": "validation 
           "lr": "learning rate of the step", "grad_norm": "gradient norm before clipping",
           "sharpness": "sharpness (dashed: threshold)", "status": "worst status of the seeds",
           "sharpness_ratio": "sharpness / threshold, at most 10, in the second half"}
+DETAILS = ("val_loss", "val_accuracy", "val_perplexity", "max_grad_norm", "accuracy_per_minute", "status")
 LOG = ("lr", "grad_norm", "max_grad_norm", "sharpness", "sharpness_ratio", "final_train_loss")
 
 def rate(lr):
@@ -180,13 +180,13 @@ def looks(runs):
     return look
 
 def figure(columns, height=5.5):
-    """A Figure (inches), without pyplot's global state, and its axes: a panel a column, in order."""
+    """A Figure (inches), without pyplot's global state, whose axes are a panel a column, in order."""
     from matplotlib.figure import Figure
     rows = 1 + len(columns) // 6
     across = len(columns) // rows
     fig = Figure(figsize=(5 + 4 * across, height * rows), dpi=130, layout="constrained")
-    axes = fig.subplots(rows, across, squeeze=False).flatten()
-    for ax, column in zip(axes, columns):
+    fig.subplots(rows, across)
+    for ax, column in zip(fig.axes, columns):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
         ax.set(xlabel="step", ylabel=LABELS.get(column, column.replace("_", " ")))
@@ -194,7 +194,7 @@ def figure(columns, height=5.5):
         if column in LOG:   # plain numbers at 1, 2 and 5 x 10^k; a short axis has more of them
             ax.set_yscale("log", subs=[2, 5])
             ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-    return fig, axes
+    return fig
 
 def save(fig, path):
     """With one legend beside the panels; written aside and renamed, so that none sees half a picture."""
@@ -219,18 +219,19 @@ def loss_axis(ax, losses):
         return
     lowest = min(losses)
     span = max(np.ptp(losses), 0.05)
-    floor = max(-0.001, lowest - 0.1 * span)
-    ticks = floor + np.geomspace(lowest - floor, lowest - floor + span, 7)
+    gap = max(min(0.1 * span, lowest + 0.001), 1e-4 * span)     # a loss below 0 is a damaged one
+    floor = lowest - gap
+    ticks = floor + np.geomspace(gap, gap + span, 7)
     digits = int(1 - np.log10(ticks[1] - ticks[0]))
     ax.set_yscale("function", functions=(lambda loss: np.log(np.maximum(loss - floor, 1e-6)),
                                          lambda height: np.exp(height) + floor))
     ax.set_yticks(np.round(ticks, digits))
-    ax.set_ylim(ticks[0] - 0.2 * (lowest - floor), ticks[-1] + 0.05 * span)
+    ax.set_ylim(floor + 0.8 * gap, lowest + 1.05 * span)
 
 def draw_curves(runs, look, columns):
     """A panel a column against the step; the axis of a loss is set by the runs that survived."""
-    fig, axes = figure(columns)
-    for ax, column in zip(axes, columns):
+    fig = figure(columns)
+    for ax, column in zip(fig.axes, columns):
         if column.endswith("loss"):   # from the lowest to where they began
             alive = [points(run, column)[1] for run in runs if run["status"] != "diverged"]
             loss_axis(ax, [loss for values in alive for loss in np.minimum(values, values[:1])])
@@ -263,8 +264,9 @@ def draw_run(dir):
     experts = [name for name in run["train"] if name.startswith("share_L")]   # share_L0_E0, share_L0_E1 ...
     if experts:
         share = [points(run, name)[1] for name in experts]   # (layers * experts, points)
-        fig, [ax] = figure(["expert, layer after layer"], height=1.5 + 0.16 * len(share))
-        image = ax.imshow(share, vmin=0, aspect="auto", extent=(0, run["train"]["step"][-1], len(share), 0))
+        fig = figure(["expert, layer after layer"], height=1.5 + 0.16 * len(share))
+        box = (0, run["train"]["step"][-1], len(share), 0)
+        image = fig.axes[0].imshow(share, vmin=0, aspect="auto", extent=box)
         fig.colorbar(image, label="share of its layer's assignments")
         pictures["router.png"] = fig
     return [save(fig, run["dir"] / name) for name, fig in pictures.items()]
@@ -272,45 +274,43 @@ def draw_run(dir):
 def draw_sweep(dir, runs, insights):
     """All of them, from runs with status, loss and setting as sweep.analyse leaves them, and its insights."""
     look = looks(runs)
-    columns = ["val_loss", "val_accuracy", "val_perplexity", "max_grad_norm", "accuracy_per_minute", "status"]
-    details, _ = draw_rates(look, insights["settings"], columns)
+    rows = [dict(row, setting=s["label"]) for s in insights["settings"] for row in s["rates"]]
     pictures = {"lr_sweep_comparison.png": draw_curves(runs, look, ["train_loss", "val_loss"]),
-                "lr_vs_final_loss.png": draw_losses(runs, look, insights),
-                "detailed_comparison.png": details,
+                "lr_vs_final_loss.png": draw_losses(runs, look, rows, insights),
+                "detailed_comparison.png": draw_rates(look, rows, DETAILS),
                 "lr_schedules.png": draw_curves(runs, look, ["lr"]),
-                "summary_table.png": draw_table(insights)}
+                "summary_table.png": draw_table(rows)}
     if any(points(run, "sharpness").size for run in runs):
         pictures["sharpness.png"] = draw_curves(runs, look, ["sharpness", "train_loss"])
     if any(points(run, "sharpness_ratio").size for run in runs):    # Muon has no threshold
         pictures["edge_of_stability.png"] = draw_edge(runs, look)
     return [save(fig, Path(dir) / name) for name, fig in pictures.items()]
 
-def draw_rates(look, settings, columns):
-    """A panel a column of insights' rates, against the rate; an x on top: some of its runs diverged."""
-    fig, axes = figure(columns)
+def draw_rates(look, rows, columns):
+    """A panel a column of insights' rows, against the rate; an x on top: some of its runs diverged."""
+    fig = figure(columns)
     rates = sorted({lr for _, lr in look})
-    for ax, column in zip(axes, columns):
+    for ax, column in zip(fig.axes, columns):
         ax.set(xscale="log", xlabel="peak learning rate (x: diverged)")
         ax.set_xticks(rates, map(rate, rates), rotation=90, fontsize=8)
         ax.xaxis.minorticks_off()
-        top = ax.get_xaxis_transform()
         if column == "status":
             ax.yaxis.update_units(STATUSES)     # an axis of names, in this order
-        for setting in settings:
-            left = None
-            for row in setting["rates"]:
-                x, style = look[setting["label"], row["lr"]]
-                here = (x, row[column])     # None is not drawn
-                ax.plot(*zip(left or here, here), marker="o", markevery=[1], linewidth=1, **style)
-                left = here
-                if row["diverged"]:
-                    ax.plot(x, 1, "x", color=style["color"], clip_on=False, transform=top)
-    return fig, axes
+        ends = {}   # of the line of each setting
+        for row in rows:
+            x, style = look[row["setting"], row["lr"]]
+            end = (x, row[column])  # None is not drawn
+            ax.plot(*zip(ends.get(row["setting"], end), end), marker="o", markevery=[1], linewidth=1, **style)
+            ends[row["setting"]] = end
+            if row["diverged"]:
+                ax.plot(x, 1, "x", color=style["color"], clip_on=False, transform=ax.get_xaxis_transform())
+    return fig
 
-def draw_losses(runs, look, insights):
+def draw_losses(runs, look, rows, insights):
     """Final loss against rate; for the setting to use, where its optimum lies and its two edges."""
-    fig, [ax] = draw_rates(look, insights["settings"], ["val_loss"])
-    finished = [run for run in runs if run["loss"] not in (None, np.inf)]
+    fig = draw_rates(look, rows, ["val_loss"])
+    [ax] = fig.axes
+    finished = [run for run in runs if run["loss"] is not None and run["loss"] < np.inf]
     loss_axis(ax, [run["loss"] for run in finished])
     ax.set_xlabel("peak learning rate (small: a run, orange if unstable; large: mean; x: diverged)")
     for run in finished:
@@ -322,7 +322,7 @@ def draw_losses(runs, look, insights):
         left, right = ax.get_xlim()     # the optimum may lie beyond the rates tried
         ax.axvspan(use["low"] or left, use["high"] or right, alpha=0.12, label="holds the optimum", **blue)
         ax.axvline(use["lr"], label=f"use {rate(use['lr'])} {use['setting']}", **blue)
-        edges = {setting["label"]: setting["edge"] or {} for setting in insights["settings"]}
+        edges = {s["label"]: s["edge"] or {} for s in insights["settings"]}
         for status, line in zip(EDGE, (":", "--")):
             first = edges[use["setting"]].get(status)
             if first:
@@ -332,30 +332,29 @@ def draw_losses(runs, look, insights):
 
 def draw_edge(runs, look):
     """Against the rate: sharpness over its threshold in the second half of the run, and the final loss."""
-    fig, axes = draw_rates(look, [], ["sharpness_ratio", "final_train_loss"])
-    axes[0].axhline(1, color=COLOURS["unstable"])
+    fig = draw_rates(look, [], ["sharpness_ratio", "final_train_loss"])
+    fig.axes[0].axhline(1, color=COLOURS["unstable"])
     for run in runs:
         x, style = look[run["setting"], run["lr"]]
         marker = "x" if run["status"] == "diverged" else "o"
         _, ratios = points(run, "sharpness_ratio")
         _, losses = points(run, "train_loss")
-        for ax, values in zip(axes, (ratios[len(ratios) // 2:], losses[-1:])):
+        for ax, values in zip(fig.axes, (ratios[len(ratios) // 2:], losses[-1:])):
             ax.plot([x] * len(values), values, marker=marker, **style)
     return fig
 
-def draw_table(insights):
+def draw_table(rows):
     """The numbers of each rate."""
-    names = ("lr", "seeds", "status", "val_loss", "deviation", "val_accuracy", "val_perplexity", "val_bpb",
-             "max_grad_norm")
-    cells = [("setting", *names)]
-    for setting in insights["settings"]:
-        for row in setting["rates"]:
-            values = [row[name] for name in names]
-            cells.append([setting["label"], *(f"{x:.4g}" if isinstance(x, float) else x for x in values)])
-    fig, [ax] = figure([""], height=0.1)
+    names = ("setting", "lr", "seeds", "status", "val_loss", "deviation", "val_accuracy", "val_perplexity",
+             "val_bpb", "max_grad_norm")
+    cells = [names]
+    for row in rows:
+        values = [row[name] for name in names]
+        cells.append([f"{x:.4g}" if isinstance(x, float) else x for x in values])
+    fig = figure([""], height=0.1)
     fig.set_layout_engine("none")   # the picture grows with the table
-    ax.axis("off")
-    ax.table(cells, loc="center").auto_set_column_width(range(len(cells[0])))
+    fig.axes[0].axis("off")
+    fig.axes[0].table(cells, loc="center").auto_set_column_width(range(len(names)))
     return fig
 
 # --------------------------------------------------------------------------------------------------
@@ -367,12 +366,10 @@ if __name__ == "__main__":
     folder = parser.parse_args().folder
     try:
         paths = draw_run(folder)
-        if not paths and not read_runs(folder):
-            raise OSError("no config.json and metrics.csv of a run that can be read, and no runs")
     except OSError as error:
         parser.error(f"nothing drawn in {folder}: {error}")
-    print(*paths, sep="\n")
     if not paths:
-        print(f"a sweep's folder: python sweep.py --report {folder} analyses and draws it", flush=True)
+        print(f"no steps of one run there; python sweep.py --report {folder} draws a sweep", flush=True)
         sweep = Path(__file__).with_name("sweep.py")
         sys.exit(subprocess.run([sys.executable, sweep, "--report", folder]).returncode)
+    print(*paths, sep="\n")

@@ -264,6 +264,13 @@ def test_a_run_that_died_at_a_gradient_of_zero_and_one_without_losses(tmp_path):
     assert len(plot.draw_run(tmp_path / "r")) == 2
 
 
+def test_a_damaged_loss_stops_no_picture(tmp_path):
+    runs = [make_run(tmp_path / "minus", 3e-3), make_run(tmp_path / "nan", 1e-2)]
+    runs[0]["metrics"]["train_loss"][20] = -7.1
+    runs[1]["loss"] = math.nan
+    plot.draw_sweep(tmp_path, runs, make_insights(runs))
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_sharpness_without_a_threshold_is_drawn_and_has_no_edge(tmp_path):
     run = make_run(tmp_path / "muon", 3e-3)
