@@ -115,11 +115,9 @@ def read_metrics(path):
             rows.append(row)
     found = dict(zip(head, np.reshape(rows, (-1, len(head))).T))
     metrics = dict.fromkeys(COLUMNS, np.full(len(rows), np.nan)) | found
-    threshold = metrics["stability_threshold"]
     adamw = metrics["preconditioned_sharpness"]
-    sharpness = np.where(np.isnan(adamw), metrics["sharpness"], adamw)
-    metrics["sharpness"] = np.fmin(sharpness, 10 * threshold)   # a run that diverges leaves every axis
-    metrics["sharpness_ratio"] = metrics["sharpness"] / threshold
+    metrics["sharpness"] = np.where(np.isnan(adamw), metrics["sharpness"], adamw)
+    metrics["sharpness_ratio"] = metrics["sharpness"] / metrics["stability_threshold"]
     return metrics
 
 def read_run(dir):
@@ -135,8 +133,10 @@ def read_run(dir):
         return None
     metrics = read_metrics(dir / "metrics.csv")
     train = {name: column[np.isfinite(metrics["lr"])] for name, column in metrics.items()}
-    return dict(dir=dir, name=dir.name, config=config, args=config["args"], lr=lr, seed=seed,
-                summary=read_json(dir / "summary.json") or {}, metrics=metrics, train=train)
+    summary = read_json(dir / "summary.json") or {}
+    status = str(summary.get("status", "running"))
+    return dict(dir=dir, name=dir.name, config=config, args=config["args"], lr=lr, seed=seed, metrics=metrics,
+                train=train, summary=summary, status=status, setting=f"seed {seed}")
 
 def read_runs(dir):
     """All runs directly under dir, ordered by rate and seed."""
@@ -149,7 +149,8 @@ def read_runs(dir):
 COLOURS = {"best": "#0072B2", "unstable": "#E69F00", "diverged": "#D55E00"}   # safe for colour-blind readers
 LABELS = {"train_loss": "training loss (nats a token)", "val_loss": "validation loss (nats a token)",
           "lr": "learning rate of the step", "grad_norm": "gradient norm before clipping",
-          "sharpness": "sharpness (dashed: threshold)", "status": "worst status of the seeds",
+          "final_train_loss": "final training loss (nats a token)", "status": "worst status of the seeds",
+          "sharpness": "sharpness (dashed: threshold)",
           "sharpness_ratio": "sharpness / threshold, at most 10, in the second half"}
 DETAILS = ("val_loss", "val_accuracy", "val_perplexity", "max_grad_norm", "accuracy_per_minute", "status")
 LOG = ("lr", "grad_norm", "max_grad_norm", "sharpness", "sharpness_ratio", "final_train_loss")
@@ -222,7 +223,7 @@ def loss_axis(ax, losses):
     gap = max(min(0.1 * span, lowest + 0.001), 1e-4 * span)     # a loss below 0 is a damaged one
     floor = lowest - gap
     ticks = floor + np.geomspace(gap, gap + span, 7)
-    digits = int(1 - np.log10(ticks[1] - ticks[0]))
+    digits = int(1 - np.log10(ticks[1] - ticks[0]))     # that tell the lowest two apart
     ax.set_yscale("function", functions=(lambda loss: np.log(np.maximum(loss - floor, 1e-6)),
                                          lambda height: np.exp(height) + floor))
     ax.set_yticks(np.round(ticks, digits))
@@ -238,9 +239,11 @@ def draw_curves(runs, look, columns):
         for run in runs:
             steps, values = points(run, column)
             _, style = look[run["setting"], run["lr"]]
-            ax.plot(steps, values, linewidth=1.3, **style)
             if column == "sharpness":
-                ax.plot(*points(run, "stability_threshold"), "--", linewidth=1, color=style["color"])
+                thresholds = points(run, "stability_threshold")
+                ax.plot(*thresholds, "--", linewidth=1, color=style["color"])
+                values = np.minimum(values, 10 * max(thresholds[1], default=np.inf))
+            ax.plot(steps, values, linewidth=1.3, **style)
             if run["status"] == "diverged" and len(steps):  # an x where it ended, or left the axis
                 last = np.clip(values[-1], *ax.get_ylim())
                 ax.plot(steps[-1], last, "x", color=style["color"], clip_on=False)
@@ -254,8 +257,6 @@ def draw_run(dir):
     run = read_run(dir)
     if run is None or not len(run["train"]["step"]):
         return []
-    run["status"] = run["summary"].get("status", "running")
-    run["setting"] = f"seed {run['seed']}"
     look = looks([run])
     pictures = {"loss_curves.png": draw_curves([run], look, ["train_loss", "val_loss", "grad_norm"]),
                 "lr_schedule.png": draw_curves([run], look, ["lr"])}
@@ -337,7 +338,7 @@ def draw_edge(runs, look):
     for run in runs:
         x, style = look[run["setting"], run["lr"]]
         marker = "x" if run["status"] == "diverged" else "o"
-        _, ratios = points(run, "sharpness_ratio")
+        ratios = np.minimum(10, points(run, "sharpness_ratio")[1])
         _, losses = points(run, "train_loss")
         for ax, values in zip(fig.axes, (ratios[len(ratios) // 2:], losses[-1:])):
             ax.plot([x] * len(values), values, marker=marker, **style)
