@@ -14,6 +14,7 @@ median does not see a few spikes: sigma = median |loss[i+1] - 2 loss[i] + loss[i
     python plot.py runs/tiny/lr0.003-s0   a run: loss_curves.png, lr_schedule.png, router.png for experts
     python plot.py runs/tiny              a sweep: starts python sweep.py --report, which draws and analyses
 """
+import argparse
 import json
 import subprocess
 import sys
@@ -79,8 +80,7 @@ def has_diverged(losses):
     if not np.isfinite(losses).all():
         return True
     half = max(GONE_POINTS, len(losses) // 2)
-    before = losses[:-half]
-    since = losses[-half:]
+    before, since = np.split(losses, [-half])
     if len(before) < 2 or since.min() < before.min() + GONE:
         return False
     return bool(np.median(since[half // 2:]) > np.median(since[:half // 2]))
@@ -88,45 +88,42 @@ def has_diverged(losses):
 # --------------------------------------------------------------------------------------------------
 # Reading: what is damaged or half written is left out, and never stops anything
 
-COLUMNS = ("step", "tokens", "elapsed", "lr", "train_loss", "grad_norm", "tokens_per_sec",
-           "val_loss", "val_accuracy", "val_perplexity", "val_bpb")
-HESSIAN = ("sharpness", "preconditioned_sharpness", "stability_threshold")      # with train.py --sharpness
+COLUMNS = ("step", "lr", "train_loss", "grad_norm", "val_loss",     # of metrics.csv, those that are drawn
+           "sharpness", "preconditioned_sharpness", "stability_threshold")
 
 def read_json(path):
     """The object in a JSON file as a dict, or None where there is none that can be read."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return dict(**json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):    # a TypeError: a list, a number
         return None
-    return value if isinstance(value, dict) else None
 
 def read_metrics(path):
-    """metrics.csv -> {column: array}; COLUMNS and HESSIAN are there, nan where the file has nothing."""
-    head = []
-    rows = []
+    """metrics.csv -> {column: array}; COLUMNS are there, nan where the file has nothing."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            head = file.readline().strip().split(",")
-            for line in file:
-                try:
-                    row = [float(cell or "nan") for cell in line.strip("\n").split(",")]
-                except ValueError:
-                    continue
-                if len(row) == len(head) and line.endswith("\n"):
-                    rows.append(row)
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
-        pass
-    found = dict(zip(head, np.reshape(rows, (-1, max(1, len(head)))).T))
-    metrics = dict.fromkeys(COLUMNS + HESSIAN, np.full(len(rows), np.nan)) | found
-    preconditioned = metrics["preconditioned_sharpness"]    # AdamW's
-    metrics["sharpness"] = np.where(np.isnan(preconditioned), metrics["sharpness"], preconditioned)
+        lines = [""]
+    head = lines[0].split(",")
+    rows = []
+    for line in lines[1:-1]:    # what follows the last newline is half written
+        try:
+            row = [float(cell or "nan") for cell in line.split(",")]
+        except ValueError:
+            continue
+        if len(row) == len(head):
+            rows.append(row)
+    found = dict(zip(head, np.reshape(rows, (-1, len(head))).T))
+    metrics = dict.fromkeys(COLUMNS, np.full(len(rows), np.nan)) | found
+    adamw = metrics["preconditioned_sharpness"]
+    metrics["sharpness"] = np.where(np.isnan(adamw), metrics["sharpness"], adamw)
     metrics["sharpness_ratio"] = metrics["sharpness"] / metrics["stability_threshold"]
     return metrics
 
 def read_run(dir):
-    """The run in a folder, train and val: its steps and its evaluations; None: no readable config.json."""
+    """The run in a folder; train: the rows of steps, not of evaluations. None: no readable config.json."""
     dir = Path(dir)
-    config = read_json(dir / "config.json") or {}
+    config = read_json(dir / "config.json")
     try:
         lr = float(config["args"]["lr"])
         seed = int(config["args"]["seed"])
@@ -135,10 +132,11 @@ def read_run(dir):
     if not 0 < lr < np.inf:   # no place on a log axis
         return None
     metrics = read_metrics(dir / "metrics.csv")
-    train, val = [{name: column[np.isfinite(metrics[key])] for name, column in metrics.items()}
-                  for key in ("lr", "val_loss")]
-    return dict(dir=dir, name=dir.name, config=config, args=config["args"], lr=lr, seed=seed,
-                summary=read_json(dir / "summary.json") or {}, metrics=metrics, train=train, val=val)
+    train = {name: column[np.isfinite(metrics["lr"])] for name, column in metrics.items()}
+    summary = read_json(dir / "summary.json") or {}
+    status = str(summary.get("status", "running"))
+    return dict(dir=dir, name=dir.name, config=config, args=config["args"], lr=lr, seed=seed, metrics=metrics,
+                train=train, summary=summary, status=status, setting=f"seed {seed}")
 
 def read_runs(dir):
     """All runs directly under dir, ordered by rate and seed."""
@@ -151,38 +149,61 @@ def read_runs(dir):
 COLOURS = {"best": "#0072B2", "unstable": "#E69F00", "diverged": "#D55E00"}   # safe for colour-blind readers
 LABELS = {"train_loss": "training loss (nats a token)", "val_loss": "validation loss (nats a token)",
           "lr": "learning rate of the step", "grad_norm": "gradient norm before clipping",
-          "val_accuracy": "next-token accuracy", "val_perplexity": "perplexity",
-          "max_grad_norm": "largest gradient norm", "accuracy_per_minute": "accuracy a minute",
-          "status": "worst status of the seeds", "table": "", "router": "expert, layer after layer",
+          "final_train_loss": "final training loss (nats a token)", "status": "worst status of the seeds",
           "sharpness": "sharpness (dashed: threshold)",
-          "sharpness_ratio": "sharpness / threshold, at most 10: median and peak of the second half"}
-LOG = ("lr", "grad_norm", "max_grad_norm", "sharpness", "sharpness_ratio")
+          "sharpness_ratio": "sharpness / threshold, at most 10, in the second half"}
+DETAILS = ("val_loss", "val_accuracy", "val_perplexity", "max_grad_norm", "accuracy_per_minute", "status")
+LOG = ("lr", "grad_norm", "max_grad_norm", "sharpness", "sharpness_ratio", "final_train_loss")
 
 def rate(lr):
     """A rate as people write it: 3e-4, 2.1e-3, 0.065."""
     if 0.01 <= lr < 1000:
         return f"{lr:.3g}"
-    mantissa, exponent = f"{lr:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    return np.format_float_scientific(lr, precision=2, trim="-", exp_digits=1).replace("+", "")
 
-def figure(width, height, columns, rows=1):
-    """A Figure (inches) without pyplot's global state, and its axes: a panel a column, in order."""
+def looks(runs):
+    """{(setting, lr): (x on an axis of rates, style)}: colour tells the rate, kind of line the setting."""
+    from matplotlib import colormaps
+    found = {}
+    for run in runs:
+        found.setdefault((run["setting"], run["lr"]), []).append(str(run["status"]))
+    settings, rates = [sorted(set(values)) for values in zip(*found)]
+    look = {}
+    for (setting, lr), statuses in found.items():
+        i = settings.index(setting)
+        shade = rates.index(lr) / len(rates)    # below 1: the last of viridis, yellow, pales on white
+        if len(rates) == 1:     # then colour tells the settings
+            shade = i / len(settings)
+        counts = ", ".join(f"{statuses.count(status)} {status}" for status in sorted(set(statuses)))
+        style = dict(color=colormaps["viridis"](shade), linestyle=("-", "--", ":", "-.")[i % 4],
+                     label=f"{rate(lr)} {setting} ({counts})".replace("  ", " "))
+        look[setting, lr] = (lr * 1.04 ** i, style)
+    return look
+
+def figure(columns, height=5.5):
+    """A Figure (inches), without pyplot's global state, whose axes are a panel a column, in order."""
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    axes = fig.subplots(rows, len(columns) // rows, squeeze=False).flatten()
-    for ax, column in zip(axes, columns):
+    rows = 1 + len(columns) // 6
+    across = len(columns) // rows
+    fig = Figure(figsize=(5 + 4 * across, height * rows), dpi=130, layout="constrained")
+    fig.subplots(rows, across)
+    for ax, column in zip(fig.axes, columns):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
-        ax.set_ylabel(LABELS[column])
+        ax.set(xlabel="step", ylabel=LABELS.get(column, column.replace("_", " ")))
+        ax.locator_params(axis="x", integer=True)
         if column in LOG:   # plain numbers at 1, 2 and 5 x 10^k; a short axis has more of them
             ax.set_yscale("log", subs=[2, 5])
             ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-    return fig, axes
+    return fig
 
 def save(fig, path):
-    """Written aside and renamed: a reader never sees half a picture. Returns the path."""
+    """With one legend beside the panels; written aside and renamed, so that none sees half a picture."""
+    legend = {label: line for ax in fig.axes for line, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(legend.values(), legend.keys(), loc="outside right upper", frameon=False, fontsize=8,
+               ncols=1 + len(legend) // 28)
     aside = path.with_name(path.name + ".tmp")
-    fig.savefig(aside, format="png")
+    fig.savefig(aside, format="png", bbox_inches="tight")
     return aside.replace(path)
 
 def points(run, column):
@@ -199,61 +220,33 @@ def loss_axis(ax, losses):
         return
     lowest = min(losses)
     span = max(np.ptp(losses), 0.05)
-    floor = max(-0.001, lowest - 0.1 * span)
-    ticks = floor + np.geomspace(lowest - floor, lowest - floor + span, 7)
+    gap = max(min(0.1 * span, lowest + 0.001), 1e-4 * span)     # a loss below 0 is a damaged one
+    floor = lowest - gap
+    ticks = floor + np.geomspace(gap, gap + span, 7)
+    digits = int(1 - np.log10(ticks[1] - ticks[0]))     # that tell the lowest two apart
     ax.set_yscale("function", functions=(lambda loss: np.log(np.maximum(loss - floor, 1e-6)),
                                          lambda height: np.exp(height) + floor))
-    ax.set_yticks(ticks, [f"{tick:.4g}" for tick in ticks])
-    ax.set_ylim(ticks[0] - 0.2 * (lowest - floor), ticks[-1] + 0.05 * span)
-
-def looks(runs):
-    """{(setting, lr): (x on an axis of rates, style)}: colour tells the rate, kind of line the setting."""
-    from matplotlib import colormaps
-    settings = list(dict.fromkeys(run["setting"] for run in runs))
-    rates = sorted({run["lr"] for run in runs})
-    look = {}
-    for run in runs:
-        i = settings.index(run["setting"])
-        shade = rates.index(run["lr"]) / len(rates)   # below 1: the last of viridis, yellow, pales on white
-        if len(rates) == 1:     # then colour tells the settings
-            shade = i / len(settings)
-        style = dict(color=colormaps["viridis"](shade), linestyle=("-", "--", ":", "-.")[i % 4])
-        look[run["setting"], run["lr"]] = (run["lr"] * 1.04 ** i, style)
-    return look
-
-def legend(fig, runs, look):
-    """Beside the panels: a line for a rate, with how many of its runs were at the edge."""
-    handles = []
-    for setting, lr in sorted(look, key=lambda key: (key[0], -key[1])):
-        label = f"{rate(lr)} {setting}".strip()
-        found = [run["status"] for run in runs if (run["setting"], run["lr"]) == (setting, lr)]
-        for status in EDGE:
-            if status in found:
-                label += f", {found.count(status)} of {len(found)} {status}"
-        handles += fig.axes[0].plot([], [], label=label, **look[setting, lr][1])
-    fig.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8,
-               ncols=1 + len(handles) // 28)
+    ax.set_yticks(np.round(ticks, digits))
+    ax.set_ylim(floor + 0.8 * gap, lowest + 1.05 * span)
 
 def draw_curves(runs, look, columns):
     """A panel a column against the step; the axis of a loss is set by the runs that survived."""
-    fig, axes = figure(5 + 4 * len(columns), 5.5, columns)
-    for ax, column in zip(axes, columns):
-        curves = [(run, *points(run, column)) for run in runs]
-        ax.set_xlabel("step")
+    fig = figure(columns)
+    for ax, column in zip(fig.axes, columns):
         if column.endswith("loss"):   # from the lowest to where they began
-            alive = [values for run, _, values in curves if run["status"] != "diverged"]
+            alive = [points(run, column)[1] for run in runs if run["status"] != "diverged"]
             loss_axis(ax, [loss for values in alive for loss in np.minimum(values, values[:1])])
-        for run, steps, values in curves:
+        for run in runs:
+            steps, values = points(run, column)
             _, style = look[run["setting"], run["lr"]]
             if column == "sharpness":
                 thresholds = points(run, "stability_threshold")
-                ax.plot(*thresholds, linewidth=1, color=style["color"], linestyle="--")
+                ax.plot(*thresholds, "--", linewidth=1, color=style["color"])
                 values = np.minimum(values, 10 * max(thresholds[1], default=np.inf))
             ax.plot(steps, values, linewidth=1.3, **style)
-            if run["status"] == "diverged" and len(steps):   # an x where it ended, or left the axis
+            if run["status"] == "diverged" and len(steps):  # an x where it ended, or left the axis
                 last = np.clip(values[-1], *ax.get_ylim())
                 ax.plot(steps[-1], last, "x", color=style["color"], clip_on=False)
-    legend(fig, runs, look)
     return fig
 
 # --------------------------------------------------------------------------------------------------
@@ -264,19 +257,17 @@ def draw_run(dir):
     run = read_run(dir)
     if run is None or not len(run["train"]["step"]):
         return []
-    run["status"] = run["summary"].get("status", "running")
-    run["setting"] = f"seed {run['seed']}: {run['status']}"
     look = looks([run])
     pictures = {"loss_curves.png": draw_curves([run], look, ["train_loss", "val_loss", "grad_norm"]),
                 "lr_schedule.png": draw_curves([run], look, ["lr"])}
-    if np.isfinite(run["metrics"]["sharpness"]).any():
+    if points(run, "sharpness").size:
         pictures["sharpness.png"] = draw_curves([run], look, ["sharpness", "train_loss"])
     experts = [name for name in run["train"] if name.startswith("share_L")]   # share_L0_E0, share_L0_E1 ...
     if experts:
         share = [points(run, name)[1] for name in experts]   # (layers * experts, points)
-        fig, [ax] = figure(9, 1.5 + 0.16 * len(share), ["router"])
-        ax.set_xlabel("step")
-        image = ax.imshow(share, vmin=0, aspect="auto", extent=(0, run["train"]["step"][-1], len(share), 0))
+        fig = figure(["expert, layer after layer"], height=1.5 + 0.16 * len(share))
+        box = (0, run["train"]["step"][-1], len(share), 0)
+        image = fig.axes[0].imshow(share, vmin=0, aspect="auto", extent=box)
         fig.colorbar(image, label="share of its layer's assignments")
         pictures["router.png"] = fig
     return [save(fig, run["dir"] / name) for name, fig in pictures.items()]
@@ -284,130 +275,102 @@ def draw_run(dir):
 def draw_sweep(dir, runs, insights):
     """All of them, from runs with status, loss and setting as sweep.analyse leaves them, and its insights."""
     look = looks(runs)
+    rows = [dict(row, setting=s["label"]) for s in insights["settings"] for row in s["rates"]]
     pictures = {"lr_sweep_comparison.png": draw_curves(runs, look, ["train_loss", "val_loss"]),
-                "lr_vs_final_loss.png": draw_losses(runs, look, insights),
-                "detailed_comparison.png": draw_details(runs, look, insights),
+                "lr_vs_final_loss.png": draw_losses(runs, look, rows, insights),
+                "detailed_comparison.png": draw_rates(look, rows, DETAILS),
                 "lr_schedules.png": draw_curves(runs, look, ["lr"]),
-                "summary_table.png": draw_table(insights)}
-    measured = [run for run in runs if np.isfinite(run["metrics"]["sharpness"]).any()]
-    if measured:
-        pictures["sharpness.png"] = draw_curves(measured, look, ["sharpness", "train_loss"])
-        pictures["edge_of_stability.png"] = draw_edge(measured, look)
+                "summary_table.png": draw_table(rows)}
+    if any(points(run, "sharpness").size for run in runs):
+        pictures["sharpness.png"] = draw_curves(runs, look, ["sharpness", "train_loss"])
+    if any(points(run, "sharpness_ratio").size for run in runs):    # Muon has no threshold
+        pictures["edge_of_stability.png"] = draw_edge(runs, look)
     return [save(fig, Path(dir) / name) for name, fig in pictures.items()]
 
-def draw_edge(runs, look):
-    """Against the rate: sharpness over its threshold in the second half of the run, and the final loss."""
-    fig, axes = figure(13, 5.5, ["sharpness_ratio", "train_loss"])
-    axes[0].axhline(1, color=COLOURS["unstable"])
-    axes[1].set_yscale("log")
-    for run in runs:
-        x, style = look[run["setting"], run["lr"]]
-        marker = "x" if run["status"] == "diverged" else "o"
-        for ax, column in zip(axes, ("sharpness_ratio", "train_loss")):
-            _, values = points(run, column)
-            second_half = np.minimum(values[len(values) // 2:], 10 if column == "sharpness_ratio" else np.inf)
-            heights = [np.median(second_half), second_half.max()]
-            if column == "train_loss":
-                heights = values[-1:]
-            ax.plot([x] * len(heights), heights, marker, color=style["color"])
-    for ax in axes:
-        ax.set(xscale="log", xlabel="peak learning rate (x: diverged)")
-    legend(fig, runs, look)
-    return fig
-
-def draw_panel(ax, look, insights, column):
-    """A column of insights' rates against the rate; x: some of its runs diverged; a line joins the others."""
+def draw_rates(look, rows, columns):
+    """A panel a column of insights' rows, against the rate; an x on top: some of its runs diverged."""
+    fig = figure(columns)
     rates = sorted({lr for _, lr in look})
-    ax.set(xscale="log", xlabel="peak learning rate (x: diverged)")
-    ax.set_xticks(rates, [rate(lr) for lr in rates], rotation=90, fontsize=8)
-    ax.xaxis.minorticks_off()
-    for setting in insights["settings"]:
-        alive = []
-        for row in setting["rates"]:
-            x, style = look[setting["label"], row["lr"]]
-            value = row[column]
-            if column == "status":
-                value = STATUSES.index(value)
+    for ax, column in zip(fig.axes, columns):
+        ax.set(xscale="log", xlabel="peak learning rate (x: diverged)")
+        ax.set_xticks(rates, map(rate, rates), rotation=90, fontsize=8)
+        ax.xaxis.minorticks_off()
+        if column == "status":
+            ax.yaxis.update_units(STATUSES)     # an axis of names, in this order
+        ends = {}   # of the line of each setting
+        for row in rows:
+            x, style = look[row["setting"], row["lr"]]
+            end = (x, row[column])  # None is not drawn
+            ax.plot(*zip(ends.get(row["setting"], end), end), marker="o", markevery=[1], linewidth=1, **style)
+            ends[row["setting"]] = end
             if row["diverged"]:
                 ax.plot(x, 1, "x", color=style["color"], clip_on=False, transform=ax.get_xaxis_transform())
-            if value is not None:
-                ax.plot(x, value, "o", color=style["color"])
-                alive.append((x, value))
-        ax.plot(*np.reshape(alive, (-1, 2)).T, color="#999999", linewidth=1, zorder=1)
+    return fig
 
-def draw_losses(runs, look, insights):
-    """Final loss against rate, the interval of the optimum, and the two edges, of the setting to use."""
-    fig, [ax] = figure(11, 6, ["val_loss"])
-    draw_panel(ax, look, insights, "val_loss")
-    loss_axis(ax, [run["loss"] for run in runs if run["loss"] not in (None, np.inf)])
+def draw_losses(runs, look, rows, insights):
+    """Final loss against rate; for the setting to use, where its optimum lies and its two edges."""
+    fig = draw_rates(look, rows, ["val_loss"])
+    [ax] = fig.axes
+    finished = [run for run in runs if run["loss"] is not None and run["loss"] < np.inf]
+    loss_axis(ax, [run["loss"] for run in finished])
     ax.set_xlabel("peak learning rate (small: a run, orange if unstable; large: mean; x: diverged)")
-    for run in runs:
+    for run in finished:
         x, style = look[run["setting"], run["lr"]]
-        if run["loss"] is not None:
-            ax.plot(x, run["loss"], ".", color=COLOURS.get(run["status"], style["color"]))
+        ax.plot(x, run["loss"], ".", color=COLOURS.get(run["status"], style["color"]))
     use = insights["use"]
     if use:
         blue = dict(color=COLOURS["best"], zorder=0)
-        ax.axvline(use["lr"], label=f"use {rate(use['lr'])} {use['setting']}", **blue)
-        left, right = ax.get_xlim()     # it may lie beyond the rates tried
+        left, right = ax.get_xlim()     # the optimum may lie beyond the rates tried
         ax.axvspan(use["low"] or left, use["high"] or right, alpha=0.12, label="holds the optimum", **blue)
-        edges = {setting["label"]: setting["edge"] or {} for setting in insights["settings"]}
+        ax.axvline(use["lr"], label=f"use {rate(use['lr'])} {use['setting']}", **blue)
+        edges = {s["label"]: s["edge"] or {} for s in insights["settings"]}
         for status, line in zip(EDGE, (":", "--")):
             first = edges[use["setting"]].get(status)
             if first:
-                label = f"first {status}: {rate(first['lr'])} ({first['seeds']} of {first['of']} seeds)"
+                label = f"first {status}: {rate(first['lr'])}"
                 ax.axvline(first["lr"], color=COLOURS[status], linestyle=line, zorder=0, label=label)
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=2, frameon=False)
-    legend(fig, runs, look)
     return fig
 
-def draw_details(runs, look, insights):
-    """Six panels against the rate."""
-    columns = ("val_loss", "val_accuracy", "val_perplexity", "max_grad_norm", "accuracy_per_minute", "status")
-    fig, axes = figure(16, 8.4, columns, rows=2)
-    for ax, column in zip(axes, columns):
-        draw_panel(ax, look, insights, column)
-    axes[5].set_yticks(range(len(STATUSES)), STATUSES)
-    legend(fig, runs, look)
+def draw_edge(runs, look):
+    """Against the rate: sharpness over its threshold in the second half of the run, and the final loss."""
+    fig = draw_rates(look, [], ["sharpness_ratio", "final_train_loss"])
+    fig.axes[0].axhline(1, color=COLOURS["unstable"])
+    for run in runs:
+        x, style = look[run["setting"], run["lr"]]
+        marker = "x" if run["status"] == "diverged" else "o"
+        ratios = np.minimum(10, points(run, "sharpness_ratio")[1])
+        _, losses = points(run, "train_loss")
+        for ax, values in zip(fig.axes, (ratios[len(ratios) // 2:], losses[-1:])):
+            ax.plot([x] * len(values), values, marker=marker, **style)
     return fig
 
-def draw_table(insights):
+def draw_table(rows):
     """The numbers of each rate."""
-    names = ("val_loss", "deviation", "val_accuracy", "val_perplexity", "val_bpb", "max_grad_norm")
-    cells = [("setting", "rate", "seeds", "status", *names)]
-    for setting in insights["settings"]:
-        for row in setting["rates"]:
-            numbers = ["" if row[name] is None else f"{row[name]:.4g}" for name in names]
-            cells.append((setting["label"], rate(row["lr"]), len(row["seeds"]), row["status"], *numbers))
-    fig, [ax] = figure(13, 0.3 + 0.3 * len(cells), ["table"])
-    ax.axis("off")
-    table = ax.table(cells, bbox=(0, 0, 1, 1))
-    table.auto_set_font_size(False)
-    table.set_fontsize(9)
+    names = ("setting", "lr", "seeds", "status", "val_loss", "deviation", "val_accuracy", "val_perplexity",
+             "val_bpb", "max_grad_norm")
+    cells = [names]
+    for row in rows:
+        values = [row[name] for name in names]
+        cells.append([f"{x:.4g}" if isinstance(x, float) else x for x in values])
+    fig = figure([""], height=0.1)
+    fig.set_layout_engine("none")   # the picture grows with the table
+    fig.axes[0].axis("off")
+    fig.axes[0].table(cells, loc="center").auto_set_column_width(range(len(names)))
     return fig
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-def main(argv):
-    if len(argv) != 1:
-        print("plot.py: give one folder, of a run or a sweep: python plot.py runs/tiny", file=sys.stderr)
-        return 2
-    dir = Path(argv[0])
-    try:
-        paths = draw_run(dir)
-        if paths:
-            print(*paths, sep="\n")
-            return 0
-        if read_runs(dir):
-            print(f"a sweep's folder: python sweep.py --report {dir} analyses and draws it", flush=True)
-            sweep = Path(__file__).with_name("sweep.py")
-            return subprocess.run([sys.executable, sweep, "--report", dir]).returncode
-        problem = "no config.json and metrics.csv of a run that can be read, and no runs"
-    except OSError as error:
-        problem = error
-    print(f"plot.py: nothing drawn in {dir}: {problem}", file=sys.stderr)
-    return 2
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Draw a run, or report on a sweep.")
+    parser.add_argument("folder", type=Path, help="of a run or of a sweep, such as runs/tiny")
+    folder = parser.parse_args().folder
+    try:
+        paths = draw_run(folder)
+    except OSError as error:
+        parser.error(f"nothing drawn in {folder}: {error}")
+    if not paths:
+        print(f"no steps of one run there; python sweep.py --report {folder} draws a sweep", flush=True)
+        sweep = Path(__file__).with_name("sweep.py")
+        sys.exit(subprocess.run([sys.executable, sweep, "--report", folder]).returncode)
+    print(*paths, sep="\n")

@@ -15,6 +15,8 @@ import plot
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = {"lr_sweep_comparison.png", "lr_vs_final_loss.png", "detailed_comparison.png", "lr_schedules.png",
             "summary_table.png"}
+COLUMNS = ["step", "tokens", "elapsed", "lr", "train_loss", "grad_norm", "tokens_per_sec",
+           "val_loss", "val_accuracy", "val_perplexity", "val_bpb"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ def make_run(dir, lr, seed=0, status="converged", setting="", n=30, experts=0):
 
     shares = [f"share_L0_E{i}" for i in range(experts)]
     with open(dir / "metrics.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, [*plot.COLUMNS, *shares])
+        table = csv.DictWriter(file, [*COLUMNS, *shares])
         table.writeheader()
         for step, loss in enumerate(losses, start=1):
             row = dict(step=step, tokens=100 * step)
@@ -189,9 +191,9 @@ def test_reading_tells_steps_from_evaluations_and_leaves_out_damaged_rows(tmp_pa
     path.write_text("".join(lines))
     run = plot.read_run(tmp_path / "r")
     assert list(run["train"]["step"]) == [1, *range(3, 31)]
-    assert list(run["val"]["step"]) == [1, 11, 21]
+    evaluated = np.isfinite(run["metrics"]["val_loss"])
+    assert list(run["metrics"]["step"][evaluated]) == [1, 11, 21]
     assert np.isnan(run["train"]["train_loss"][-1])
-    assert np.isfinite(run["val"]["val_loss"]).all()
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.csv", "summary.json"])
@@ -201,6 +203,7 @@ def test_reading_tells_steps_from_evaluations_and_leaves_out_damaged_rows(tmp_pa
     b"\0\0\0\n\0",
     b"\xff\xfe rubbish",
     b"[" * 100_000,
+    b'{"status": []}',
     b'{"args": {"lr": NaN, "seed": 1}}',
     b'{"args": {"lr": "x", "seed": 1e999}}'])
 def test_one_damaged_file_stops_nothing(tmp_path, name, content):
@@ -261,6 +264,21 @@ def test_a_run_that_died_at_a_gradient_of_zero_and_one_without_losses(tmp_path):
     assert len(plot.draw_run(tmp_path / "r")) == 2
 
 
+def test_a_damaged_loss_stops_no_picture(tmp_path):
+    runs = [make_run(tmp_path / "minus", 3e-3), make_run(tmp_path / "nan", 1e-2)]
+    runs[0]["metrics"]["train_loss"][20] = -7.1
+    runs[1]["loss"] = math.nan
+    plot.draw_sweep(tmp_path, runs, make_insights(runs))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_sharpness_without_a_threshold_is_drawn_and_has_no_edge(tmp_path):
+    run = make_run(tmp_path / "muon", 3e-3)
+    run["metrics"]["sharpness"] = run["metrics"]["train_loss"]
+    names = [path.name for path in plot.draw_sweep(tmp_path, [run], make_insights([run]))]
+    assert "sharpness.png" in names and "edge_of_stability.png" not in names
+
+
 def test_settings_that_share_one_rate_are_told_apart(tmp_path):
     runs = []
     for i in range(3):
@@ -273,7 +291,7 @@ def test_settings_that_share_one_rate_are_told_apart(tmp_path):
 
 def test_a_rate_has_one_colour_in_the_order_of_the_rates():
     rates = np.geomspace(1e-4, 0.1, 26)
-    look = plot.looks([dict(setting=setting, lr=lr) for setting in "ab" for lr in rates])
+    look = plot.looks([dict(setting=setting, lr=lr, status="slow") for setting in "ab" for lr in rates])
     colours = [look["a", lr][1]["color"] for lr in rates]
     assert colours == [look["b", lr][1]["color"] for lr in rates]
     grey = np.array(colours) @ [0.3, 0.59, 0.11, 0]
