@@ -198,10 +198,10 @@ def pick_dtype(name, device):
 
 def pick_compile(wanted, device, config, tokens):
     """The torch.compile backend, or None. On 2 CPU cores it costs 40 s: worth it from about 5 minutes."""
-    if wanted is False:
+    if wanted is False or (device.type == "mps" and not wanted):
         return None
     if device.type == "mps":
-        return "aot_eager" if wanted else None
+        return "aot_eager"
     if device.type == "cuda":
         if importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0):
             return "inductor"
@@ -233,10 +233,8 @@ def check_size(args, config, world):
                  "--context-length, --d-model, --d-ff, --n-layers, --n-experts or --vocab-size")
 
 def keep_freed_memory():
-    """
-    Tell glibc to keep large freed blocks. By default it returns them to the system, and every activation of
-    every step is then mapped and zeroed anew: 5% of a dense step and 40% of a moe step on 2 cores.
-    """
+    """Tell glibc to keep large freed blocks, not to have them mapped and zeroed anew by the system at every
+    step: that was 5% of a dense step and 40% of a moe step on 2 cores."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)     # M_MMAP_MAX
@@ -249,10 +247,8 @@ def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
 
 def make_step(losses, optimizers, model, args):
-    """
-    step(x, y) -> (2 + router records,) float32: the cross-entropy, the gradient's norm before clipping, the
-    routers' records; x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for a GPU.
-    """
+    """step(x, y) -> (2 + router records,) float32: cross-entropy, norm of the gradient before clipping, what
+    the routers did; x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for a GPU."""
     params = list(model.parameters())
     world = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -282,10 +278,8 @@ def make_step(losses, optimizers, model, args):
     return step
 
 def all_reduce(tensors):
-    """
-    Each tensor becomes its sum over all processes, in one message, in float32: in bfloat16 the final loss of
-    the tiny preset moved by up to 0.06 nats, while summing in another order moves it by 0.01 (5 seeds).
-    """
+    """Each tensor becomes its sum over all processes, in one float32 message: in bfloat16 the final loss of
+    the tiny preset moved by up to 0.06 nats, while summing in another order moves it by 0.01 (5 seeds)."""
     message = flat(tensors)
     dist.all_reduce(message)
     for t, total in zip(tensors, message.split([t.numel() for t in tensors])):
@@ -297,10 +291,8 @@ def any_process(flag, device):
     return total.item() > 0
 
 def graphed(step):
-    """
-    The same step as one CUDA graph: the hundreds of small kernels of a small model follow each other without
-    gaps. Three calls run as they are (they compile), the fourth is recorded, then replayed with new x and y.
-    """
+    """The same step as one CUDA graph: the hundreds of small kernels of a small model follow each other
+    without gaps. Three calls compile, the fourth is recorded and from then on replayed on new x and y."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.set_stream(torch.cuda.Stream())      # the default stream cannot be recorded
     calls, inputs, output = 0, None, None
@@ -336,17 +328,13 @@ def evaluate(model, x, y, batch_size, bytes_per_token):
                 val_bpb=loss / math.log(2) / bytes_per_token)
 
 def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
-    """
-    Top eigenvalue of the Hessian H of the cross-entropy of x, y (B, T), in float32; with AdamW also that of
-    P^-1/2 H P^-1/2. Changes only vectors {column: eigenvector}, where the next measurement starts. Returns
-    cells of metrics.csv.
-    """
+    """Top eigenvalue of the Hessian H of the cross-entropy of x, y (B, T), in float32; with AdamW also of
+    P^-1/2 H P^-1/2 -> cells of metrics.csv. Changes only vectors {column: where the next one starts}."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     params = [p for group in groups for p in group["params"]]
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")       # no TF32
-    model.eval()                                        # no dropout
-    plain = copy.copy(model)                            # with the same weights
+    plain = copy.copy(model).eval()                     # the same weights, no dropout
     plain.dtype = torch.float32
     # forward() has second derivatives, HeadLoss none; of a GPU's attention kernels only MATH has.
     with sdpa_kernel(SDPBackend.MATH):
@@ -362,7 +350,6 @@ def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
         vs = [v for group in groups for v in group["vs"]]
         P = adamw_preconditioner(clipped, vs, groups[0]["step"], groups[0]["betas"], groups[0]["eps"])
         scales["preconditioned_sharpness"] = flat(P) ** -0.5
-
     cells = {"stability_threshold": stability_threshold(args.optimizer, lr, args.momentum, args.beta1)}
     for column, scale in scales.items():
         def product(v):
@@ -522,11 +509,6 @@ def run(args, config):
     master = rank == 0
     if master:
         owner = data.lock(out)
-        metrics_path = out / "metrics.csv"
-        data.write_aside(metrics_path, (saved["metrics"] if saved else ",".join(columns) + "\r\n").encode())
-        metrics_file = metrics_path.open("a", newline="", buffering=1)      # each row reaches the disk
-        writer = csv.DictWriter(metrics_file, columns)
-        log_file = (out / "training.log").open("a", errors="backslashreplace", buffering=1)
         if saved:
             started["resumes"].append(dict(step=start, **provenance(device)))
         else:
@@ -535,6 +517,11 @@ def run(args, config):
                            **provenance(device))
         write(out / "config.json", started)
         write(out / "summary.json", dict(status="running", steps=start, max_steps=args.max_steps))
+        log_file = (out / "training.log").open("a", errors="backslashreplace", buffering=1)
+        metrics_path = out / "metrics.csv"
+        metrics_file = metrics_path.open("w", newline="", buffering=1)      # each row reaches the disk
+        metrics_file.write(saved["metrics"] if saved else ",".join(columns) + "\r\n")
+        writer = csv.DictWriter(metrics_file, columns)
 
     def say(line):
         if master:
@@ -542,10 +529,10 @@ def run(args, config):
             log_file.write(line + "\n")
 
     def report(line, **cells):      # on the console, and as a row of metrics.csv
-        say(f"step {step}/{args.max_steps} | {line}")
         if master:
             elapsed = time.perf_counter() - began
             writer.writerow(dict(cells, step=step, tokens=step * tokens_per_step, elapsed=elapsed))
+        say(f"step {step}/{args.max_steps} | {line}")
 
     saver, pending = ThreadPoolExecutor(1), []      # writes while the next steps run
 
