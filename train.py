@@ -403,13 +403,17 @@ def provenance(device):
     code = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in CODE}
     return dict(versions=versions, code=code, git_commit=commit or None, device=str(device), device_name=name)
 
-def check_same(out, before, now, kind):
-    """A run goes on with the settings and the text that it began with, or not at all."""
-    for key, value in now.items():
-        if before.get(key) != value:
-            name = kind + key.replace("_", "-")
-            fail(f"{out} was started with another {name} ({before.get(key)!s:.80}, now {value!s:.80}); "
-                 "repeat what it was started with, or choose another --out")
+def read_folder(out, args, meta, device):
+    """The checkpoint, or None, and config.json of a run that goes on with the same settings and text."""
+    saved = read_checkpoint(out / "checkpoints/last.pt", device)
+    started = saved["started"] if saved else plot.read_json(out / "config.json") or {}
+    before = started.get("args", {}) | started.get("data", {})
+    for key, now in (vars(args) | meta).items():
+        if before and key not in FREE and before.get(key) != now:
+            name = key.replace("_", "-")
+            fail(f"{out} began with other settings or another text: --{name} was {before.get(key)!s:.80}, is "
+                 f"{now!s:.80}; repeat what it began with, or choose another --out")
+    return saved, started
 
 # --------------------------------------------------------------------------------------------------
 # The run
@@ -452,22 +456,16 @@ def run(args, config):
     def get_batch(n, step):         # x, y: (n, T)
         return data.get_batch(corpus.train, n, config.context_length, args.seed, step)
     get_batch(1, 0)                 # is the text long enough?
-    val_x, val_y = data.val_windows(corpus.val, config.context_length, args.eval_tokens)
-    bytes_per_token = float(corpus.token_bytes[val_y.numpy()].mean())
-    val_x, val_y = val_x.to(device), val_y.to(device)
+    windows = data.val_windows(corpus.val, config.context_length, args.eval_tokens)
+    bytes_per_token = float(corpus.token_bytes[windows[1].numpy()].mean())
+    val_x, val_y = torch.stack(windows).to(device)
 
     # What is in the folder: a checkpoint mends whatever else is damaged; without one a run begins anew.
     saved, started = None, {}
     if args.resume:
-        saved = read_checkpoint(out / "checkpoints/last.pt", device)
-        started = saved["started"] if saved else plot.read_json(out / "config.json") or {}
-    if "args" in started:
-        settings = {key: value for key, value in vars(args).items() if key not in FREE}
-        check_same(out, started["args"], settings, "--")
+        saved, started = read_folder(out, args, corpus.meta, device)
         status = (plot.read_json(out / "summary.json") or {}).get("status")
-        if saved:
-            check_same(out, started["data"], corpus.meta, "text: ")
-        elif status in plot.STATUSES:
+        if started and not saved and status in plot.STATUSES:
             print(f"{out} is already finished")
             return 0
     if args.prepare:
@@ -558,8 +556,7 @@ def run(args, config):
         f"{device}, {dtype}, compiled by {backend} -> {out}")
 
     # The loop -------------------------------------------------------------------------------------
-    saved_at = timed_from = time.perf_counter()
-    timed_step = start                                  # tokens_per_sec is that of training alone
+    saved_at = timed_from = time.perf_counter()         # tokens_per_sec is that of training alone
     while True:
         last = step == args.max_steps or state.diverged
         paused = time.perf_counter()
@@ -590,8 +587,7 @@ def run(args, config):
             due = due and time.perf_counter() - saved_at > 10
         if master and (due or last or stopped):
             saved_at = time.perf_counter()
-            state.step = step
-            state.elapsed = saved_at - began
+            state.step, state.elapsed = step, saved_at - began
             save("last.pt", model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                  schedule=vars(schedule), state=vars(state), config=asdict(config), started=started,
                  metrics=metrics_path.read_bytes().decode())
@@ -632,8 +628,8 @@ def run(args, config):
             state.results["final_train_loss"] = loss
             state.diverged = plot.has_diverged(state.history) or not math.isfinite(grad_norm)
             now = time.perf_counter()
-            speed = (step - timed_step) * tokens_per_step / (now - timed_from)
-            timed_from, timed_step = now, step
+            speed = min(n_steps, step - start) * tokens_per_step / (now - timed_from)
+            timed_from = now
             eta = timedelta(seconds=int((args.max_steps - step) * tokens_per_step / speed))
             lr = args.lr * factor
             report(f"loss {loss:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}", lr=lr, train_loss=loss,

@@ -1,4 +1,4 @@
-"""Every file of a run, damaged in every way: --resume ends with the right numbers, or says why not in a line."""
+"""Every file of a run, damaged in every way: --resume ends with the right numbers, or says why not."""
 import csv
 import os
 import shutil
@@ -10,9 +10,9 @@ import pytest
 import data
 import train
 
-FLAGS = ("--data text.txt --vocab-size 300 --d-model 16 --n-layers 1 --n-heads 2 --d-ff 16 --context-length 8 "
-         "--batch-size 4 --max-steps 12 --eval-interval 4 --log-interval 1 --eval-tokens 64 --checkpoint-interval 4 "
-         "--device cpu --no-plot --sample 0").split()
+FLAGS = ("--data text.txt --vocab-size 300 --d-model 16 --n-layers 1 --n-heads 2 --d-ff 16 --batch-size 4 "
+         "--context-length 8 --max-steps 12 --eval-interval 4 --log-interval 1 --eval-tokens 64 "
+         "--checkpoint-interval 4 --device cpu --no-plot --sample 0").split()
 FILES = ("config.json", "summary.json", "metrics.csv", "training.log", "checkpoints/last.pt",
          "checkpoints/best.pt")
 
