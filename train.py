@@ -1,10 +1,9 @@
 """
 Train one model at one learning rate, and write down everything that happened.
 
-    python train.py --lr 3e-4 --device mps                  # the tiny preset on the Python standard library's
-    source python train.py --preset dense-low --lr 3e-3            # any flag overrides what the preset says
-    torchrun --nproc_per_node 2 train.py --preset dense     # several devices: each takes a slice of every
-    batch
+    python train.py --lr 3e-4 --device mps               # the tiny preset, on Python's standard library
+    python train.py --preset dense-low --lr 3e-3         # any flag overrides what the preset says
+    torchrun --nproc_per_node 2 train.py --preset dense  # each device takes a slice of every batch
 
 The loop is at the bottom, written out in order: evaluate, save, stop, take a batch, step, log. A step is
 always an optimizer step: --batch-size counts all sequences of one, on all devices together, and --grad-accum
@@ -15,7 +14,6 @@ an evaluation), summary.json, training.log, pictures and checkpoints/{last,best}
 functions of (seed, step), so a resumed run needs no generator state and ends with the same numbers as one
 left alone.
 """
-
 import os
 import signal
 
@@ -40,6 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -64,7 +63,7 @@ RECIPES = {
                 max_steps=100, eval_tokens=32_768),
 }
 SHARPNESS_BATCH = 16    # sequences on which --sharpness measures; with --full-batch, all of them
-NOT_SETTINGS = ("out", "resume", "no_plot", "dry_run", "prepare", "sample")  # change no number
+FREE = ("out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval")  # change no number
 CODE = ("model.py", "optim.py", "schedule.py", "data.py", "train.py")       # what a loss depends on
 
 def fail(message):
@@ -72,113 +71,88 @@ def fail(message):
     print(f"train.py: {message}", file=sys.stderr)
     sys.exit(2)
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without the long usage text
-        fail(f"{message}; see --help")
+def within(kind, low, high):
+    """An argparse type: a number of that kind in [low, high]."""
+    def number(text):
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text:.40} is not a number from {low:g} to {high:g}")
+    return number
 
-def number(kind, low, high, above=False):
-    """An argparse type: a number of `kind` in [low, high], or above low."""
-    def parse(text):
-        value = kind(text)
-        if low < value <= high or (value == low and not above):
-            return value
-        bound = "above" if above else "of at least"
-        raise argparse.ArgumentTypeError(f"{text:.40} is not a number {bound} {low} and at most {high:g}")
-    parse.__name__ = kind.__name__
-    return parse
-
-COUNT = number(int, 1, 10**9)
-AUTO = number(int, 0, 10**9)
-SIZE = number(float, 0, 1e30)
-RATIO = number(float, 0, 1)
-BELOW_ONE = number(float, 0, 0.9999999)
-RATE = number(float, 0, 1e30, above=True)
-UNSET = argparse.SUPPRESS       # the default is found later
-FLAGS = {   # flag: type or choices, default (None: the preset's), help
-    "what to train on what": {
-        "data": (str, None, "stdlib, tinystories, cosmopedia, or the path of a text file or folder"),
-        "data-tokens": (AUTO, 0, "tokens of text to fetch; 0: as many as the run reads"),
-        "device": (str, "auto", "auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu"),
-        "dtype": (["auto", "bfloat16", "float32"], "auto", "auto: bfloat16 where the hardware has it"),
-    },
-    "optimizer": {
-        "optimizer": (["adamw", "muon", "sgd"], "adamw", "muon: for hidden matrices, adamw for the rest"),
-        "lr": (RATE, UNSET, "peak learning rate; default: the preset's, or a first guess"),
-        "adamw-lr-ratio": (RATE, 0.1, "with muon: adamw's rate as a share of it"),
-        "weight-decay": (SIZE, 0.1, "a step, times the rate"),
-        "beta1": (BELOW_ONE, 0.9, "of adamw's averaged gradient"),
-        "beta2": (BELOW_ONE, 0.95, "of adamw's averaged square"),
-        "momentum": (BELOW_ONE, 0.95, "of muon and sgd; sgd with 0 is gradient descent"),
-        "grad-clip": (SIZE, 1.0, "largest gradient norm; 0: no clipping"),
-        "balance-weight": (SIZE, 0.01, "with experts: weight of the load-balancing loss"),
-    },
-    "schedule": {
-        "schedule": (SCHEDULES, "cosine", "what follows the warm-up"),
-        "warmup-ratio": (RATIO, 0.1, "share of the steps"),
-        "min-lr-ratio": (RATIO, 0.1, "share of the peak rate"),
-    },
-    "budget": {
-        "batch-size": (COUNT, None, "sequences an optimizer step, on all devices together"),
-        "grad-accum": (COUNT, 1, "pieces to compute each device's share in: less memory, the same gradients"),
-        "full-batch": (bool, False, "the same batch at every step"),
-        "max-steps": (COUNT, None, "optimizer steps"),
-        "seed": (number(int, 0, 2**63 - 1), 0, "of weights, batches and dropout"),
-    },
-    "reporting": {
-        "eval-interval": (AUTO, 0, "steps; 0: a tenth of the run"),
-        "eval-tokens": (COUNT, None, "validation tokens, always the same"),
-        "log-interval": (AUTO, 0, "steps; 0: a hundredth of the run"),
-        "sharpness": (AUTO, 0, "steps between measurements of the Hessian's top eigenvalue; 0: none"),
-        "checkpoint-interval": (AUTO, 0, "steps; 0: a tenth of the run"),
-        "out": (str, UNSET, "the run's folder; default: runs/single/PRESET-lrLR-sSEED"),
-        "resume": (bool, False, "go on with the run in --out, if there is one"),
-        "sample": (AUTO, 64, "tokens of text to generate in the end"),
-        "no-plot": (bool, False, "draw no pictures"),
-        "dry-run": (bool, False, "check the flags, print how many tokens the run would read, and stop"),
-        "prepare": (bool, False, "check the flags, prepare the data, and stop"),
-    },
+COUNT = within(int, 1, 1e9)
+AUTO = within(int, 0, 1e9)
+RATE = within(float, 1e-30, 1e30)
+SIZE = within(float, 0, 1e30)
+BELOW_ONE = within(float, 0, 0.9999999)
+FLAGS = {   # flag: type or choices, default (None: the preset's, unless the help says more), help
+    "data": (str, None, "stdlib, tinystories, cosmopedia, or the path of a text file or folder"),
+    "data-tokens": (AUTO, 0, "tokens of text to fetch; 0: as many as the run reads"),
+    "device": (str, "auto", "auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu"),
+    "dtype": (["auto", "bfloat16", "float32"], "auto", "auto: bfloat16 where the hardware has it"),
+    "optimizer": (["adamw", "muon", "sgd"], "adamw", "muon: for hidden matrices, adamw for the rest"),
+    "lr": (RATE, None, "peak learning rate; None: a first guess"),
+    "adamw-lr-ratio": (RATE, 0.1, "with muon: adamw's rate as a share of it"),
+    "weight-decay": (SIZE, 0.1, "a step, times the rate"),
+    "beta1": (BELOW_ONE, 0.9, "of adamw's averaged gradient"),
+    "beta2": (BELOW_ONE, 0.95, "of adamw's averaged square"),
+    "momentum": (BELOW_ONE, 0.95, "of muon and sgd; sgd with 0 is gradient descent"),
+    "grad-clip": (SIZE, 1.0, "largest gradient norm; 0: no clipping"),
+    "balance-weight": (SIZE, 0.01, "with experts: weight of the load-balancing loss"),
+    "schedule": (SCHEDULES, "cosine", "what follows the warm-up"),
+    "warmup-ratio": (within(float, 0, 1), 0.1, "share of the steps"),
+    "min-lr-ratio": (within(float, 0, 1), 0.1, "share of the peak rate"),
+    "batch-size": (COUNT, None, "sequences an optimizer step, on all devices together"),
+    "grad-accum": (COUNT, 1, "pieces to compute each device's share in: less memory, the same gradients"),
+    "max-steps": (COUNT, None, "optimizer steps"),
+    "seed": (within(int, 0, 2**63 - 1), 0, "of weights, batches and dropout"),
+    "eval-interval": (AUTO, 0, "steps; 0: a tenth of the run"),
+    "eval-tokens": (COUNT, None, "validation tokens, always the same"),
+    "log-interval": (AUTO, 0, "steps; 0: a hundredth of the run"),
+    "sharpness": (AUTO, 0, "steps between measurements of the Hessian's top eigenvalue; 0: none"),
+    "checkpoint-interval": (AUTO, 0, "steps; 0: a tenth of the run, but no sooner than after 10 s"),
+    "out": (str, None, "the run's folder; None: one in runs/single"),
+    "sample": (AUTO, 64, "tokens of text to generate in the end"),
+    "n-experts": (AUTO, None, "0: dense"),
+    "dropout": (BELOW_ONE, None, "share of activations"),
+}
+for flag in ("context-length", "vocab-size", "n-layers", "n-heads", "d-model", "d-ff", "top-k"):
+    FLAGS[flag] = (COUNT, None, "of the model")
+SWITCHES = {
+    "full-batch": "the same batch at every step",
+    "resume": "go on with the run in --out, if there is one",
+    "no-plot": "draw no pictures",
+    "dry-run": "check the flags, print how many tokens the run would read, and stop",
+    "prepare": "check the flags, prepare the data, and stop",
 }
 
 def parse_args(argv=None):
     """Command line -> (args, ModelConfig). Defaults are the preset's, which is therefore read first."""
-    preset = Parser("train.py", add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset", default="tiny", choices=PRESETS, help="of model, data and budget")
-    name = preset.parse_known_args(argv)[0].preset
-    p = Parser("train.py", description=__doc__.split("\n\n")[0].strip(), allow_abbrev=False, parents=[preset],
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for title, flags in FLAGS.items():
-        group = p.add_argument_group(title)
-        for flag, (kind, default, text) in flags.items():
-            if kind is bool:
-                how = dict(action="store_true")
-            elif isinstance(kind, list):
-                how = dict(choices=kind)
-            else:
-                how = dict(type=kind)
-            group.add_argument(f"--{flag}", default=default, help=text, **how)
-    group = p.add_argument_group("model")
-    for key in ("context-length", "vocab-size", "n-layers", "n-heads", "d-model", "d-ff", "top-k"):
-        group.add_argument(f"--{key}", type=COUNT, help=" ")
-    group.add_argument("--n-experts", type=AUTO, help="0: dense")
-    group.add_argument("--dropout", type=BELOW_ONE, help="share of activations")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=UNSET,
-                   help="torch.compile; default: on CUDA, and on a CPU for runs long enough to earn it back")
-    p.set_defaults(**asdict(PRESETS[name]), **RECIPES[name])
+    first = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False)
+    first.error = fail
+    first.add_argument("--preset", default="tiny", choices=PRESETS, help="of model, data and budget")
+    preset = first.parse_known_args(argv)[0].preset
+    p = argparse.ArgumentParser("train.py", description=__doc__.split("\n\n")[0], parents=[first],
+                                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = fail
+    for flag, (kind, default, text) in FLAGS.items():
+        how = "choices" if isinstance(kind, list) else "type"
+        p.add_argument(f"--{flag}", default=default, help=text, **{how: kind})
+    for flag, text in SWITCHES.items():
+        p.add_argument(f"--{flag}", action="store_true", help=text)
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                   help="torch.compile; None: on CUDA, and on a CPU for runs long enough to earn it back")
+    p.set_defaults(**asdict(PRESETS[preset]), **RECIPES[preset])
     args = p.parse_args(argv)
 
-    args.compile = getattr(args, "compile", None)
-    args.out = getattr(args, "out", None)
     if args.out == "":
         fail("--out '' is no folder; leave it out for a default one")
     args.eval_interval = args.eval_interval or max(1, args.max_steps // 10)
     args.log_interval = args.log_interval or max(1, args.max_steps // 100)
-    args.checkpoint_interval = args.checkpoint_interval or max(1, args.max_steps // 10)
     try:
-        make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
-        config = ModelConfig(**{key: getattr(args, key) for key in asdict(PRESETS[name])})
+        config = ModelConfig(**{key: getattr(args, key) for key in asdict(PRESETS[preset])})
     except ValueError as e:
         fail(e)
-    if "lr" not in args:
+    if args.lr is None:
         guesses = {"adamw": 3e-3, "sgd": 0.1, "muon": rule_of_thumb(count_parameters(config)["total"])}
         args.lr = guesses[args.optimizer]
     return args, config
@@ -188,28 +162,28 @@ def parse_args(argv=None):
 
 def torchrun_place():
     """(rank, world, local_rank) from the environment that torchrun sets; (0, 1, 0) without it."""
-    texts = {name: os.environ.get(name, default) for name, default in
-             (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}
-    if all(text.isdecimal() for text in texts.values()):
-        rank, world, local_rank = (int(text) for text in texts.values())
-        if rank < world and local_rank < world and (world == 1 or "MASTER_ADDR" in os.environ):
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    texts = [os.environ.get(name, default) for name, default in defaults.items()]
+    if all(map(str.isdecimal, texts)):
+        rank, world, local_rank = map(int, texts)
+        if max(rank, local_rank) < world and (world == 1 or "MASTER_ADDR" in os.environ):
             return rank, world, local_rank
-    fail(f"{texts} make no sense together, or without MASTER_ADDR; unset them, or start with torchrun")
+    fail(f"{[*defaults]} = {texts} make no sense, or not without MASTER_ADDR; start with torchrun")
 
 def pick_device(name, local_rank=0):
     """A torch.device that is really there; `auto` takes cuda, then mps, then cpu."""
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = next(kind for kind, n in counts.items() if n)
+        name = next(kind for kind in counts if counts[kind])
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        fail(f"unknown device {name!r}; use auto, cuda, mps or cpu")
-    if name == "cuda":
-        device = torch.device("cuda", local_rank)
-    if (device.index or 0) >= counts.get(device.type, 0):
-        fail(f"{device} is not available here; use --device cpu")
-    return device
+        if (device.index or 0) < counts.get(device.type, 0):
+            return device
+    except RuntimeError:    # no such kind
+        pass
+    fail(f"device {name!r} is not available here; use --device cpu")
 
 def pick_dtype(name, device):
     """bfloat16 where the hardware has it, else float32 (float16 is 100 times slower on a CPU)."""
@@ -219,16 +193,15 @@ def pick_dtype(name, device):
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, check, bool)() for check in checks)
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 def pick_compile(wanted, device, config, tokens):
     """The torch.compile backend, or None. On 2 CPU cores it costs 40 s: worth it from about 5 minutes."""
-    if wanted is False:
+    if wanted is False or (device.type == "mps" and not wanted):
         return None
     if device.type == "mps":
-        return "aot_eager" if wanted else None
+        return "aot_eager"
     if device.type == "cuda":
         if importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0):
             return "inductor"
@@ -245,27 +218,23 @@ def can_record(device, dtype, config, backend):
     hopper_or_blackwell = torch.cuda.get_device_capability(device)[0] in (9, 10)
     return not config.n_experts or (dtype == torch.bfloat16 and hopper_or_blackwell)
 
-def check_memory(args, config, device, world):
-    """Refuse what cannot fit, before it is allocated. A lower bound: what passes may still be too much."""
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
-    weights = 16 * count_parameters(config)["total"]        # float32: weight, gradient, two averages
+def check_size(args, config, world):
+    """Refuse what the processes cannot share, or what no memory holds (a lower bound), before it is made."""
+    if args.batch_size % (args.grad_accum * world):
+        fail(f"--batch-size {args.batch_size} is no multiple of {world} x --grad-accum {args.grad_accum}")
     tokens = args.batch_size * config.context_length
-    kept = 2 * config.n_layers * (6 * config.d_model + 2 * config.d_ff) * tokens / (args.grad_accum * world)
-    needed = weights + kept + 16 * tokens
-    if needed > there:
-        fail(f"this needs over {needed / 2**30:,.0f} GiB of memory, {device} has {there / 2**30:,.0f}; lower "
-             "--batch-size, --context-length, --d-model, --d-ff, --n-layers, --n-experts or --vocab-size")
+    kept = 2 * config.n_layers * (6 * config.d_model + 2 * config.d_ff) / (args.grad_accum * world)
+    # Float32 weights, gradients and two averages; what a token leaves for the backward pass; batches.
+    gib = (16 * count_parameters(config)["total"] + tokens * (kept + 16)) / 2**30
+    if hasattr(os, "sysconf"):      # Windows has none
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        if gib > there:
+            fail(f"this needs over {gib:,.0f} GiB of memory, of {there:,.0f}; lower --batch-size, "
+                 "--context-length, --d-model, --d-ff, --n-layers, --n-experts or --vocab-size")
 
 def keep_freed_memory():
-    """
-    Tell glibc to keep large freed blocks. By default it returns them to the system, and every activation of
-    every step is then mapped and zeroed anew: 5% of a dense step and 40% of a moe step on 2 cores.
-    """
+    """Tell glibc to keep large freed blocks, not to have them mapped and zeroed anew by the system at every
+    step: that was 5% of a dense step and 40% of a moe step on 2 cores."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)     # M_MMAP_MAX
@@ -274,11 +243,12 @@ def keep_freed_memory():
 # --------------------------------------------------------------------------------------------------
 # One step, and one evaluation
 
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
 def make_step(losses, optimizers, model, args):
-    """
-    step(x, y) -> (2 + router records,) float32: the cross-entropy, the gradient's norm before clipping, the
-    routers' records; x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for a GPU.
-    """
+    """step(x, y) -> (2 + router records,) float32: cross-entropy, norm of the gradient before clipping, what
+    the routers did; x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for a GPU."""
     params = list(model.parameters())
     world = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -286,93 +256,85 @@ def make_step(losses, optimizers, model, args):
         record = 0.0
         share = 1 / (len(x) * world)
         for xi, yi in zip(x, y):
-            ce, router = losses(xi, yi)
-            loss, parts = ce, [ce[None]]
+            loss, router = losses(xi, yi)
+            parts = [loss]
             if router is not None:
-                loss = ce + args.balance_weight * router[:, 0].sum()
-                parts.append(router.flatten())
+                parts.append(router)
+                loss = loss + args.balance_weight * router[:, 0].sum()
             (loss * share).backward()
-            record = record + torch.cat(parts).detach() * share
+            record = record + flat(parts).detach() * share
         grads = [p.grad for p in params]
         if world > 1:
             all_reduce([*grads, record])
 
-        # Clipping is a factor in the update: no pass of its own. What is not finite is a factor of 0: no
-        # step.
+        # Clipping is a factor in the update: no pass of its own. 0 where something is not finite: no update.
         norm = torch.nn.utils.get_total_norm(grads)
-        scale = torch.ones_like(norm)
-        if args.grad_clip:
-            scale = args.grad_clip / norm.clamp(min=args.grad_clip)
-        finite = norm.isfinite() & record[0].isfinite()
+        scale = ((args.grad_clip or math.inf) / norm).clamp(max=1)
+        scale = torch.where(norm.isfinite() & record[0].isfinite(), scale, 0.0)
         for optimizer in optimizers:
-            optimizer.step(torch.where(finite, scale, 0.0))
+            optimizer.step(scale)
             optimizer.zero_grad()
         return torch.cat((record[:1], norm[None], record[1:]))
     return step
 
 def all_reduce(tensors):
-    """
-    Each tensor becomes its sum over all processes, in one message, in float32: in bfloat16 the final loss of
-    the tiny preset moved by up to 0.06 nats, while summing in another order moves it by 0.01 (5 seeds).
-    """
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+    """Each tensor becomes its sum over all processes, in one float32 message: in bfloat16 the final loss of
+    the tiny preset moved by up to 0.06 nats, while summing in another order moves it by 0.01 (5 seeds)."""
+    message = flat(tensors)
+    dist.all_reduce(message)
+    for t, total in zip(tensors, message.split([t.numel() for t in tensors])):
         t.copy_(total.view_as(t))
 
+def any_process(flag, device):
+    total = torch.tensor(float(flag), device=device)
+    dist.all_reduce(total)
+    return total.item() > 0
+
 def graphed(step):
-    """
-    The same step as one CUDA graph: the hundreds of small kernels of a small model follow each other without
-    gaps. Three calls run as they are (they compile), the fourth is recorded, then replayed with new x and y.
-    """
+    """The same step as one CUDA graph: the hundreds of small kernels of a small model follow each other
+    without gaps. Three calls compile, the fourth is recorded and from then on replayed on new x and y."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.set_stream(torch.cuda.Stream())      # the default stream cannot be recorded
-    calls, static_x, static_y, static_out = 0, None, None, None
+    calls, inputs, output = 0, None, None
 
-    def call(x, y):
-        nonlocal calls, static_x, static_y, static_out
+    def call(*batch):
+        nonlocal calls, inputs, output
         calls += 1
         if calls <= 3:
-            return step(x, y)
+            return step(*batch)
         if calls == 4:
-            static_x, static_y = x.clone(), y.clone()
+            inputs = [t.clone() for t in batch]
             torch.cuda.empty_cache()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                static_out = step(static_x, static_y)
-        static_x.copy_(x)
-        static_y.copy_(y)
+                output = step(*inputs)
+        for fixed, t in zip(inputs, batch):
+            fixed.copy_(t)
         graph.replay()
-        return static_out.clone()                   # the next replay writes over it
+        return output.clone()                       # the next replay writes over it
     return call
 
 @torch.no_grad()
-def evaluate(model, x, y, batch_size, device):
-    """x, y (windows, T), always the same -> cross-entropy in nats a token, share of tokens ranked first."""
+def evaluate(model, x, y, batch_size, bytes_per_token):
+    """x, y (windows, T) -> cells of metrics.csv; accuracy is the share of tokens that were ranked first."""
     model.eval()
-    total = torch.zeros(2, device=device)
+    total = 0.0
     for xb, yb in zip(x.split(batch_size), y.split(batch_size)):
-        xb, yb = xb.to(device), yb.to(device)
         logits, loss = model(xb, yb)
         right = (logits.argmax(-1) == yb).sum()
-        total += torch.stack((loss * yb.numel(), right))
+        total = total + torch.stack((loss * yb.numel(), right))
     model.train()
-    return (total / y.numel()).tolist()
-
-def flat(tensors):
-    return torch.cat([t.flatten() for t in tensors])
+    loss, accuracy = (total / y.numel()).tolist()
+    return dict(val_loss=loss, val_accuracy=accuracy, val_perplexity=math.exp(min(loss, 700)),
+                val_bpb=loss / math.log(2) / bytes_per_token)
 
 def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
-    """
-    Top eigenvalue of the Hessian H of the cross-entropy of x, y (B, T), in float32; with AdamW also that of
-    P^-1/2 H P^-1/2. Changes only vectors {column: eigenvector}, where the next measurement starts. Returns
-    cells of metrics.csv.
-    """
+    """Top eigenvalue of the Hessian H of the cross-entropy of x, y (B, T), in float32; with AdamW also of
+    P^-1/2 H P^-1/2 -> cells of metrics.csv. Changes only vectors {column: where the next one starts}."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     params = [p for group in groups for p in group["params"]]
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")       # no TF32
-    model.eval()                                        # no dropout
-    plain = copy.copy(model)                            # with the same weights
+    plain = copy.copy(model).eval()                     # the same weights, no dropout
     plain.dtype = torch.float32
     # forward() has second derivatives, HeadLoss none; of a GPU's attention kernels only MATH has.
     with sdpa_kernel(SDPBackend.MATH):
@@ -388,7 +350,6 @@ def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
         vs = [v for group in groups for v in group["vs"]]
         P = adamw_preconditioner(clipped, vs, groups[0]["step"], groups[0]["betas"], groups[0]["eps"])
         scales["preconditioned_sharpness"] = flat(P) ** -0.5
-
     cells = {"stability_threshold": stability_threshold(args.optimizer, lr, args.momentum, args.beta1)}
     for column, scale in scales.items():
         def product(v):
@@ -404,27 +365,25 @@ def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
 # --------------------------------------------------------------------------------------------------
 # The folder of a run
 
-def write_json(path, value):
-    """JSON has no nan: what is not finite becomes null."""
-    for key, item in value.items():
-        if isinstance(item, float) and not math.isfinite(item):
-            value[key] = None
-    data.write_aside(path, (json.dumps(value, indent=2) + "\n").encode())
-
-def write_checkpoint(path, value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    data.write_aside(path, buffer.getvalue())
+def write(path, value):
+    """A checkpoint, or a .json file; JSON has no nan: what is not finite becomes null."""
+    if path.suffix == ".json":
+        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        data.write_aside(path, (json.dumps(finite, indent=2) + "\n").encode())
+    else:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        data.write_aside(path, buffer.getvalue())
 
 def read_checkpoint(path, device):
     """The checkpoint, or None where none can be used. It is a zip with a checksum for each tensor."""
-    if not path.exists():
-        return None
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError("wrong checksum")
         return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        return None
     except Exception as e:      # torch, pickle and zipfile raise a dozen kinds for a damaged file
         print(f"{path} is damaged ({type(e).__name__}) and is not used", file=sys.stderr)
         return None
@@ -434,139 +393,107 @@ def provenance(device):
     folder = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip() or None
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
     except OSError:     # no git here
         commit = None
     name = f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return dict(
-        versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        code={file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in CODE},
-        git_commit=commit, device=str(device), device_name=name)
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    code = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in CODE}
+    return dict(versions=versions, code=code, git_commit=commit or None, device=str(device), device_name=name)
 
-def choose_folder(args):
-    """--out, or a default name, which never overwrites: runs/single/tiny-lr0.003-s0+2."""
-    if args.out:
-        if not args.resume and (Path(args.out) / "summary.json").exists():
-            fail(f"{args.out} already holds a run; add --resume to continue it, or choose another --out")
-        return Path(args.out)
-    name = f"{args.preset}-lr{args.lr:g}-s{args.seed}"
-    out, n = Path("runs/single") / name, 1
-    while not args.resume and (out / "summary.json").exists():
-        n += 1
-        out = out.with_name(f"{name}+{n}")
-    return out
-
-def check_same(out, before, now, kind):
-    """A run goes on with the settings and the data that it began with, or not at all."""
-    for key, value in now.items():
-        if before and before.get(key) != value:
-            name = kind + key.replace("_", "-")
-            fail(f"{out} was started with another {name} ({before.get(key)!s:.80}, now {value!s:.80}); "
-                 "repeat what it was started with, or choose another --out")
-
-def summarize(status, args, state, step, seconds, n_tokens, n_params):
-    """What summary.json holds of a run that has ended, or was interrupted."""
-    summary = dict(status=status, steps=step, max_steps=args.max_steps, tokens=n_tokens, seconds=seconds,
-                   tokens_per_sec=n_tokens / seconds, lr=args.lr, seed=args.seed, n_params=n_params,
-                   peak_memory_mb=None, diverged_at=None, max_grad_norm=state["max_grad_norm"].item())
-    if torch.cuda.is_available():
-        summary["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    if status == "diverged":
-        summary["diverged_at"] = step
-    if state["history"]:
-        summary["final_train_loss"] = state["history"][-1]
-    summary.update({key: value for key, value in state.items() if key.startswith("best_")})
-    if status != "interrupted":
-        summary.update({f"final_{key}": value for key, value in state["val"].items()})
-    return summary
+def read_folder(out, args, meta, device):
+    """The checkpoint, or None, and config.json of a run that goes on with the same settings and text."""
+    saved = read_checkpoint(out / "checkpoints/last.pt", device)
+    started = saved["started"] if saved else plot.read_json(out / "config.json") or {}
+    before = started.get("args", {}) | started.get("data", {})
+    for key, now in (vars(args) | meta).items():
+        if before and key not in FREE and before.get(key) != now:
+            name = key.replace("_", "-")
+            fail(f"{out} began with other settings or another text: --{name} was {before.get(key)!s:.80}, is "
+                 f"{now!s:.80}; repeat what it began with, or choose another --out")
+    return saved, started
 
 # --------------------------------------------------------------------------------------------------
 # The run
 
-def run(args, config):
-    rank, world, local_rank = torchrun_place()
-    master = rank == 0
-    device = pick_device(args.device, local_rank)
-    dtype = pick_dtype(args.dtype, device)
-    check_memory(args, config, device, world)
-    if args.batch_size % (args.grad_accum * world):
-        fail(f"--batch-size {args.batch_size} is no multiple of {world} x --grad-accum {args.grad_accum}")
-    tokens_per_step = args.batch_size * config.context_length
-    n_tokens = args.data_tokens or tokens_per_step * args.max_steps
-    if args.dry_run:
-        print(n_tokens)
-        return 0
-
-    # What is in the folder already -------------------------------------------------------------
-    out = choose_folder(args)
-    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
-    started, saved = {}, None
-    metrics_path = out / "metrics.csv"
-    if args.resume:
-        started = plot.read_json(out / "config.json") or {}
-        saved = read_checkpoint(out / "checkpoints/last.pt", device)
-        check_same(out, started.get("args") or (saved or {}).get("settings"), settings, "--")
-        status = (plot.read_json(out / "summary.json") or {}).get("status")
-        rows = metrics_path.read_bytes() if metrics_path.exists() else b""
-        whole = rows == saved["metrics"].encode() if saved else rows
-        if status in plot.STATUSES and started and whole:
-            print(f"{out} is already finished")
-            return 0
-
-    # Data, the first process preparing it and the others finding it ready ----------------------
-    if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if not master:
-            dist.barrier()
-    corpus = data.load(args.data, config.vocab_size, n_tokens)
-    val_x, val_y = data.val_windows(corpus.val, config.context_length, args.eval_tokens)
-    data.get_batch(corpus.train, 1, config.context_length, args.seed, 0)    # is the text long enough?
-    if world > 1 and master:
-        dist.barrier()
-    if args.prepare:
-        return 0
-    hashes = {key: corpus.meta[key] for key in ("train_sha256", "val_sha256")}
-    if saved:
-        check_same(out, saved["data"], hashes, "text, by its ")
-    bytes_per_token = float(corpus.token_bytes[val_y.numpy()].mean())
-    config = replace(config, vocab_size=corpus.tokenizer.vocab_size)
-
-    # Model, optimizers, schedule, step ---------------------------------------------------------
-    keep_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32
-    torch.manual_seed(args.seed)                        # weights are drawn on the CPU: alike on every device
+def build(args, config, device, dtype, n_tokens):
+    """The model, its optimizers, the schedule, step(x, y), and what compiled it."""
     model = Transformer(config, dtype).to(device)
     optimizers = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, (args.beta1, args.beta2),
                                  args.momentum, args.adamw_lr_ratio)
     schedule = make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
     backend = pick_compile(args.compile, device, config, n_tokens)
-    losses = torch.compile(model.losses, backend=backend) if backend else model.losses
-    if backend == "inductor":
+    losses = model.losses
+    if backend:
+        losses = torch.compile(losses, backend=backend)
         for optimizer in optimizers:
-            optimizer.compile()
-    train_step = make_step(losses, optimizers, model, args)
+            optimizer.compile(backend=backend)
+    step = make_step(losses, optimizers, model, args)
     if can_record(device, dtype, config, backend):
-        train_step = graphed(train_step)
+        step = graphed(step)
+    return model, optimizers, schedule, step, backend
 
-    # State: fresh, or the checkpoint's ---------------------------------------------------------
-    state = dict(step=0, elapsed=0.0, history=[], running=None, best_val_loss=math.inf, val=None,
-                 max_grad_norm=torch.zeros((), device=device), eigenvectors={})
+def run(args, config):
+    rank, world, local_rank = torchrun_place()
+    device = pick_device(args.device, local_rank)
+    dtype = pick_dtype(args.dtype, device)
+    check_size(args, config, world)
+    tokens_per_step = args.batch_size * config.context_length
+    n_tokens = args.data_tokens or tokens_per_step * args.max_steps
+    if args.dry_run:
+        print(n_tokens)
+        return 0
+    name = f"{args.preset}-lr{args.lr:g}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
+    out = Path(args.out or f"runs/single/{name}")
+    if not args.resume and (out / "summary.json").exists():
+        fail(f"{out} already holds a run; add --resume to continue it, or choose another --out")
+
+    # Data: one process prepares it, the others wait for it.
+    corpus = data.load(args.data, config.vocab_size, n_tokens)
+
+    def get_batch(n, step):         # x, y: (n, T)
+        return data.get_batch(corpus.train, n, config.context_length, args.seed, step)
+    get_batch(1, 0)                 # is the text long enough?
+    windows = data.val_windows(corpus.val, config.context_length, args.eval_tokens)
+    bytes_per_token = float(corpus.token_bytes[windows[1].numpy()].mean())
+    val_x, val_y = torch.stack(windows).to(device)
+
+    # What is in the folder: a checkpoint mends whatever else is damaged; without one a run begins anew.
+    saved, started = None, {}
+    if args.resume:
+        saved, started = read_folder(out, args, corpus.meta, device)
+        status = (plot.read_json(out / "summary.json") or {}).get("status")
+        if started and not saved and status in plot.STATUSES:
+            print(f"{out} is already finished")
+            return 0
+    if args.prepare:
+        return 0
+
+    # Model, and its state: fresh, or the checkpoint's.
+    keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")      # TF32
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.barrier()                                  # all have read the folder before one writes
+    torch.manual_seed(args.seed)                        # weights are drawn on the CPU: alike on every device
+    config = replace(config, vocab_size=corpus.tokenizer.vocab_size)
+    model, optimizers, schedule, train_step, backend = build(args, config, device, dtype, n_tokens)
+    state = SimpleNamespace(step=0, elapsed=0.0, running=0.0, history=[], diverged=False, eigenvectors={},
+                            max_grad_norm=torch.zeros((), device=device), results={"best_val_loss": math.inf})
     if saved:
         model.load_state_dict(saved["model"])
         for optimizer, optimizer_state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(optimizer_state)
-        if args.schedule == "plateau":
-            schedule.state = saved["schedule"]
-        state = saved["state"]
-    start = state["step"]
+        vars(schedule).update(saved["schedule"])        # plateau has attributes, the others have none
+        state = SimpleNamespace(**saved["state"])
+    start = step = state.step
+    began = time.perf_counter() - state.elapsed
 
-    # What is written down ----------------------------------------------------------------------
+    # What is written down, by the first process alone.
     columns = ["step", "tokens", "elapsed", "lr", "train_loss", "grad_norm", "tokens_per_sec",
                "val_loss", "val_accuracy", "val_perplexity", "val_bpb"]
     router_columns = []
@@ -577,171 +504,160 @@ def run(args, config):
     if args.sharpness:
         columns += ["sharpness", "preconditioned_sharpness", "stability_threshold", "sharpness_tolerance"]
     counts = count_parameters(config)
+    master = rank == 0
     if master:
         owner = data.lock(out)
-        data.write_aside(metrics_path, (saved["metrics"] if saved else ",".join(columns) + "\r\n").encode())
-        metrics_file = metrics_path.open("a", newline="", buffering=1)      # each row reaches the disk
-        writer = csv.DictWriter(metrics_file, columns)
-        log_file = (out / "training.log").open("a", errors="backslashreplace", buffering=1)
-        if saved and started:
+        if saved:
             started["resumes"].append(dict(step=start, **provenance(device)))
         else:
-            started = dict(
-                args=vars(args), model=asdict(config), n_params=counts["total"], data=corpus.meta,
-                dtype=str(dtype)[6:], devices=world, compile=backend, resumes=[], **provenance(device))
-        write_json(out / "config.json", started)
-        write_json(out / "summary.json", dict(status="running", steps=start, max_steps=args.max_steps))
+            started = dict(args=vars(args), model=asdict(config), n_params=counts["total"], data=corpus.meta,
+                           dtype=str(dtype)[6:], devices=world, compile=backend, resumes=[],
+                           **provenance(device))
+        write(out / "config.json", started)
+        write(out / "summary.json", dict(status="running", steps=start, max_steps=args.max_steps))
+        log_file = (out / "training.log").open("a", errors="backslashreplace", buffering=1)
+        metrics_path = out / "metrics.csv"
+        metrics_file = metrics_path.open("w", newline="", buffering=1)      # each row reaches the disk
+        metrics_file.write(saved["metrics"] if saved else ",".join(columns) + "\r\n")
+        writer = csv.DictWriter(metrics_file, columns)
 
     def say(line):
         if master:
             print(line, flush=True)
             log_file.write(line + "\n")
 
-    saver, pending = ThreadPoolExecutor(1), []              # writes while the next steps run
+    def report(line, **cells):      # on the console, and as a row of metrics.csv
+        if master:
+            elapsed = time.perf_counter() - began
+            writer.writerow(dict(cells, step=step, tokens=step * tokens_per_step, elapsed=elapsed))
+        say(f"step {step}/{args.max_steps} | {line}")
 
-    def save(name, value):
-        copy = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), value)
+    saver, pending = ThreadPoolExecutor(1), []      # writes while the next steps run
+
+    def save(name, **value):
+        value = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), value)
         while pending:
-            pending.pop().result()                          # raises what went wrong with the last one
-        pending.append(saver.submit(write_checkpoint, out / "checkpoints" / name, copy))
+            pending.pop().result()                  # raises what went wrong with the last one
+        pending.append(saver.submit(write, out / "checkpoints" / name, value))
 
-    step, stop = start, []
+    stop = []
 
-    def on_signal(number, frame):           # once: finish the step and save; twice, or before any step: now
+    def on_signal(number, frame):   # once: finish the step and save; twice, or before any step: now
         if stop or step == start:
             os._exit(128 + number)
         stop.append(number)
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = {number: signal.signal(number, on_signal) for number in signals}
+    handlers = {number: signal.signal(number, on_signal) for number in signal.Signals
+                if number.name in ("SIGINT", "SIGTERM", "SIGHUP")}
 
     epochs = tokens_per_step * args.max_steps / len(corpus.train)
     say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters, "
-        f"{counts['used per token']:,} a token, vocabulary {config.vocab_size:,}; {args.max_steps} steps of "
-        f"{args.batch_size} x {config.context_length} tokens, {epochs:.2g} times the text")
-    say(f"{args.optimizer} at {args.lr:g} on {device}, {dtype}, compiled by {backend} -> {out}, step {start}")
+        f"{counts['used per token']:,} a token; {args.max_steps} steps of {args.batch_size} x "
+        f"{config.context_length} tokens, {epochs:.2g} times the text; {args.optimizer} at {args.lr:g} on "
+        f"{device}, {dtype}, compiled by {backend} -> {out}")
 
-    # The loop ----------------------------------------------------------------------------------
-    diverged = plot.has_diverged(state["history"])
-    began = time.perf_counter() - state["elapsed"]
-    timed_from, timed_step = time.perf_counter(), start     # tokens_per_sec is that of training alone
+    # The loop -------------------------------------------------------------------------------------
+    saved_at = timed_from = time.perf_counter()         # tokens_per_sec is that of training alone
     while True:
-        last = step == args.max_steps or diverged
+        last = step == args.max_steps or state.diverged
         paused = time.perf_counter()
 
         # Evaluate: always the same windows, before the step that follows.
         if step > start and (step % args.eval_interval == 0 or last):
-            loss, accuracy = evaluate(model, val_x, val_y, min(args.batch_size, 32), device)
-            bpb = loss / math.log(2) / bytes_per_token
-            perplexity = math.exp(min(loss, 700))
-            val = dict(val_loss=loss, val_accuracy=accuracy, val_perplexity=perplexity, val_bpb=bpb)
-            state["val"] = val
-            diverged = diverged or not math.isfinite(loss)
-            last = last or diverged
+            val = evaluate(model, val_x, val_y, min(args.batch_size, 32), bytes_per_token)
+            loss, accuracy, _, bpb = val.values()
+            report(f"val loss {loss:.4f} | accuracy {accuracy:.2%} | {bpb:.4f} bits a byte", **val)
+            state.results.update({f"final_{key}": value for key, value in val.items()})
+            if loss < state.results["best_val_loss"]:
+                state.results.update(best_val_loss=loss, best_val_step=step, best_val_accuracy=accuracy)
+                if master:
+                    save("best.pt", model=model.state_dict(), config=asdict(config), step=step, **val)
             if args.schedule == "plateau":
                 schedule.observe(loss)
-            if master:
-                elapsed = time.perf_counter() - began
-                writer.writerow(dict(step=step, tokens=step * tokens_per_step, elapsed=elapsed, **val))
-            say(f"step {step}/{args.max_steps} | val loss {loss:.4f} | accuracy {accuracy:.2%} | "
-                f"{bpb:.4f} bits a byte")
-            if loss < state["best_val_loss"]:
-                state.update(best_val_loss=loss, best_val_step=step, best_val_accuracy=accuracy)
-                if master:
-                    save("best.pt", dict(model=model.state_dict(), config=asdict(config), step=step, **val))
+            state.diverged = state.diverged or not math.isfinite(loss)
+            last = last or state.diverged
 
         # Stop? A signal may reach processes at different steps, so they agree at the log steps.
-        stopped = bool(stop)
+        stopped = bool(stop) and not last
         if world > 1:
-            stopped = False
-            if step % args.log_interval == 0:
-                flag = torch.tensor(float(bool(stop)), device=device)
-                dist.all_reduce(flag)
-                stopped = flag.item() > 0
-        stopped = stopped and not last
+            stopped = step % args.log_interval == 0 and any_process(stopped, device)
 
         # Save everything that the next step depends on, and the rows written so far.
-        due = step % args.checkpoint_interval == 0 and step > start
+        due = step > start and step % (args.checkpoint_interval or max(1, args.max_steps // 10)) == 0
+        if not args.checkpoint_interval:                # then not so often that it takes the time of a run
+            due = due and time.perf_counter() - saved_at > 10
         if master and (due or last or stopped):
-            state.update(step=step, elapsed=time.perf_counter() - began)
-            save("last.pt", dict(
-                model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                state=state, schedule=getattr(schedule, "state", None), settings=settings, data=hashes,
-                config=asdict(config), metrics=metrics_path.read_bytes().decode()))
+            saved_at = time.perf_counter()
+            state.step, state.elapsed = step, saved_at - began
+            save("last.pt", model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
+                 schedule=vars(schedule), state=vars(state), config=asdict(config), started=started,
+                 metrics=metrics_path.read_bytes().decode())
         if last or stopped:
             break
 
         # Measure the sharpness that this step meets, always on the same sequences.
+        factor = schedule(step)
         if args.sharpness and step % args.sharpness == 0:
-            batch = data.get_batch(corpus.train, args.batch_size, config.context_length, args.seed, 0)
-            n = args.batch_size if args.full_batch else SHARPNESS_BATCH
-            x, y = (t[:n].to(device) for t in batch)
-            lr = args.lr * schedule(step)
-            cells = measure_sharpness(model, optimizers, x, y, args, lr, state["eigenvectors"])
-            if master:
-                elapsed = time.perf_counter() - began
-                writer.writerow(dict(cells, step=step, tokens=step * tokens_per_step, elapsed=elapsed))
+            n = args.batch_size if args.full_batch else min(args.batch_size, SHARPNESS_BATCH)
+            x, y = torch.stack(get_batch(n, 0)).to(device)
+            cells = measure_sharpness(model, optimizers, x, y, args, args.lr * factor, state.eigenvectors)
+            report(f"sharpness {cells['sharpness']:.4g}", **cells)
         timed_from += time.perf_counter() - paused
 
         # Take a batch: this process's slice of it, in grad_accum pieces.
-        batch = data.get_batch(corpus.train, args.batch_size, config.context_length, args.seed,
-                               0 if args.full_batch else step)
-        x, y = (t.view(args.grad_accum, world, -1, config.context_length)[:, rank] for t in batch)
+        xy = torch.stack(get_batch(args.batch_size, 0 if args.full_batch else step))   # (2, B, T)
+        xy = xy.view(2, args.grad_accum, world, -1, config.context_length)[:, :, rank]
         if device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()
+            xy = xy.pin_memory()
         if args.dropout:                                # a function of (seed, step, rank), too
             torch.manual_seed((args.seed * 1_000_003 + step * world + rank) % 2**63)
 
         # Step.
-        factor = schedule(step)
         for optimizer in optimizers:
             optimizer.set_lr(factor)
-        record = train_step(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
-        state["running"] = record if state["running"] is None else state["running"] + record
-        state["max_grad_norm"] = torch.maximum(state["max_grad_norm"], record[1])
+        record = train_step(*xy.to(device, non_blocking=True))
+        state.running = state.running + record
+        state.max_grad_norm = torch.maximum(state.max_grad_norm, record[1])
         step += 1
 
         # Log: means since the last log step.
         if step % args.log_interval == 0 or step == args.max_steps:
             n_steps = (step - 1) % args.log_interval + 1
-            loss, grad_norm, *router = (state["running"] / n_steps).tolist()
-            state["running"] = None
-            state["history"].append(loss)
-            diverged = plot.has_diverged(state["history"]) or not math.isfinite(grad_norm)
+            loss, grad_norm, *router = (state.running / n_steps).tolist()
+            state.running = 0.0
+            state.history.append(loss)
+            state.results["final_train_loss"] = loss
+            state.diverged = plot.has_diverged(state.history) or not math.isfinite(grad_norm)
             now = time.perf_counter()
-            speed = (step - timed_step) * tokens_per_step / (now - timed_from)
-            timed_from, timed_step = now, step
-            lr = args.lr * factor
+            speed = min(n_steps, step - start) * tokens_per_step / (now - timed_from)
+            timed_from = now
             eta = timedelta(seconds=int((args.max_steps - step) * tokens_per_step / speed))
-            if master:
-                writer.writerow(dict(
-                    zip(router_columns, router), step=step, tokens=step * tokens_per_step, lr=lr,
-                    train_loss=loss, grad_norm=grad_norm, elapsed=now - began, tokens_per_sec=speed))
-            progress = f"step {step}/{args.max_steps}"
-            say(f"{progress} | loss {loss:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}")
+            lr = args.lr * factor
+            report(f"loss {loss:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}", lr=lr, train_loss=loss,
+                   grad_norm=grad_norm, tokens_per_sec=speed, **dict(zip(router_columns, router)))
 
-    # The end -----------------------------------------------------------------------------------
-    saver.shutdown()
+    # The end --------------------------------------------------------------------------------------
     for result in pending:
         result.result()
     for number, handler in handlers.items():            # from here on the first Ctrl-C ends it
         signal.signal(number, handler)
     if master:
-        seconds = time.perf_counter() - began
-        status = plot.classify(state["history"])
+        status = plot.classify(state.history)
+        if state.diverged:
+            status = "diverged"
         if stopped:
             status = "interrupted"
-        elif diverged:
-            status = "diverged"
-        summary = summarize(status, args, state, step, seconds, step * tokens_per_step, counts["total"])
-        write_json(out / "summary.json", summary)
+        seconds = time.perf_counter() - began
+        tokens = step * tokens_per_step
+        write(out / "summary.json", dict(
+            status=status, steps=step, max_steps=args.max_steps, tokens=tokens, seconds=seconds,
+            tokens_per_sec=tokens / seconds, lr=args.lr, seed=args.seed, n_params=counts["total"],
+            peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 or None,
+            diverged_at=step if status == "diverged" else None,
+            max_grad_norm=state.max_grad_norm.item(), **state.results))
+        say(f"{status} at step {step}: {seconds:.0f} s, {tokens / seconds:,.0f} tok/s")
         if stopped:
-            say(f"interrupted at step {step}; the same command with --out {out} --resume goes on from here")
-        else:
-            val = state["val"]
-            say(f"{status}: val loss {val['val_loss']:.4f}, accuracy {val['val_accuracy']:.2%}, perplexity "
-                f"{val['val_perplexity']:.1f}, {val['val_bpb']:.4f} bits a byte; {seconds:.0f} s, "
-                f"{summary['tokens_per_sec']:,.0f} tok/s")
-        if last and args.sample and not diverged:
+            say(f"the same command with --out {out} --resume goes on from here")
+        elif args.sample and not state.diverged:
             prompt = torch.tensor([[corpus.tokenizer.eot]], device=device)
             ids = model.eval().generate(prompt, args.sample, temperature=0.8, top_k=50)[0, 1:].tolist()
             say("sample: " + corpus.tokenizer.decode(ids))
@@ -753,7 +669,7 @@ def run(args, config):
         del train_step                                  # NCCL waits for the graphs that hold its calls
         dist.destroy_process_group()
     if stopped:                                         # in another process of a torchrun, perhaps
-        return 128 + (stop[0] if stop else signal.SIGINT)
+        return 128 + (stop or [signal.SIGINT])[0]
     return 0
 
 def main(argv=None):

@@ -1,4 +1,18 @@
+import os
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the programs are flat files beside this folder
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    """The tests of a file run in a folder of their own, with a text of 300 small documents."""
+    path, before = tmp_path_factory.mktemp("text"), os.getcwd()
+    os.chdir(path)
+    documents = [f"The {i} cats sat on the {i * 7 % 31} mats." for i in range(300)]
+    Path("text.txt").write_text("\n\n".join(documents))
+    yield path
+    os.chdir(before)

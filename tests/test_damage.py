@@ -1,4 +1,4 @@
-"""Every file of a run, damaged in every way: --resume ends with the right numbers, or says why not in a line."""
+"""Every file of a run, damaged in every way: --resume ends with the right numbers, or says why not."""
 import csv
 import os
 import shutil
@@ -10,10 +10,11 @@ import pytest
 import data
 import train
 
-FLAGS = ("--data text.txt --vocab-size 300 --d-model 16 --n-layers 1 --n-heads 2 --d-ff 16 --context-length 8 "
-         "--batch-size 4 --max-steps 12 --eval-interval 4 --log-interval 1 --eval-tokens 64 --checkpoint-interval 4 "
-         "--device cpu --no-plot --sample 0").split()
-FILES = ("config.json", "summary.json", "metrics.csv", "training.log", "checkpoints/last.pt", "checkpoints/best.pt")
+FLAGS = ("--data text.txt --vocab-size 300 --d-model 16 --n-layers 1 --n-heads 2 --d-ff 16 --batch-size 4 "
+         "--context-length 8 --max-steps 12 --eval-interval 4 --log-interval 1 --eval-tokens 64 "
+         "--checkpoint-interval 4 --device cpu --no-plot --sample 0").split()
+FILES = ("config.json", "summary.json", "metrics.csv", "training.log", "checkpoints/last.pt",
+         "checkpoints/best.pt")
 
 
 def half(content):
@@ -42,12 +43,8 @@ DAMAGE = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
+def runs(text_folder):
     """A run left alone ("whole"), and one that was interrupted after step 8 ("stopped")."""
-    path, before = tmp_path_factory.mktemp("damage"), os.getcwd()
-    os.chdir(path)
-    documents = [f"The {i} cats sat on the {i * 7 % 31} mats." for i in range(300)]
-    Path("text.txt").write_text("\n\n".join(documents))
     assert train.main([*FLAGS, "--out", "whole"]) == 0
     get_batch = data.get_batch
 
@@ -58,8 +55,6 @@ def folder(tmp_path_factory):
     data.get_batch = interrupted
     assert train.main([*FLAGS, "--out", "stopped"]) == 130
     data.get_batch = get_batch
-    yield path
-    os.chdir(before)
 
 
 def numbers(out):

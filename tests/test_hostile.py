@@ -19,11 +19,7 @@ TINY = ("--data text.txt --vocab-size 300 --d-model 16 --n-layers 1 --n-heads 2 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
-    path, before = tmp_path_factory.mktemp("hostile"), os.getcwd()
-    os.chdir(path)
-    documents = [f"The {i} cats sat on the {i * 7 % 31} mats." for i in range(300)]
-    Path("text.txt").write_text("\n\n".join(documents))
+def files(text_folder):
     Path("empty.txt").write_text("")
     Path("binary.bin").write_bytes(bytes(range(256)) * 20)
     Path("latin.txt").write_bytes("Übermut tut selten gut. ".encode("latin-1") * 99)
@@ -31,8 +27,6 @@ def folder(tmp_path_factory):
     os.mkdir("nothing")
     if hasattr(os, "mkfifo"):
         os.mkfifo("fifo")
-    yield path
-    os.chdir(before)
 
 
 def refused(main, argv, line, capsys):
