@@ -381,7 +381,9 @@ def read_checkpoint(path, device):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError("wrong checksum")
-        return torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location=device, weights_only=True)
+        saved["started"]["resumes"]                     # an older version's has none
+        return saved
     except FileNotFoundError:
         return None
     except Exception as e:      # torch, pickle and zipfile raise a dozen kinds for a damaged file
@@ -447,6 +449,8 @@ def run(args, config):
         return 0
     name = f"{args.preset}-lr{args.lr:g}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
     out = Path(args.out or f"runs/single/{name}")
+    if args.resume and not args.out:
+        fail("--resume needs --out, the folder of the run to go on with")
     if not args.resume and (out / "summary.json").exists():
         fail(f"{out} already holds a run; add --resume to continue it, or choose another --out")
 
