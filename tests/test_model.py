@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import model
 import train
 from data import get_batch
-from model import PRESETS, ModelConfig, Transformer, attend, count_parameters, grouped_linear, rope, rope_tables
+from model import PRESETS, ModelConfig, Transformer, attend, count_parameters, grouped_linear, rope, rope_angles
 from optim import build_optimizer
 
 SMALL = ModelConfig(vocab_size=50, context_length=16, n_layers=2, n_heads=2, d_model=16, d_ff=24)
@@ -74,9 +74,9 @@ def test_attention_is_softmax_attention(T):
 
 def test_rope_depends_on_the_distance_only():
     torch.manual_seed(0)
-    cos, sin = (t.double() for t in rope_tables(64, 8, 10_000.0))
+    angles = rope_angles(64, 8, 10_000.0).double()
     q, k = torch.randn(2, 8, dtype=torch.float64)
-    q, k = (rope(t.expand(1, 64, 1, 8), cos, sin)[0, :, 0] for t in (q, k))
+    q, k = (rope(t.expand(1, 64, 1, 8), angles)[0, :, 0] for t in (q, k))
     products = q @ k.T  # (query position, key position)
     for distance in (0, 1, 5, 30):
         diagonal = products.diagonal(distance)
