@@ -93,13 +93,12 @@ def attend(q, k, v, dropout=0.0):
     return torch.cat(out, dim=-2)
 
 def grouped_linear(x, weight, counts):
-    """x (rows, d_in): its first counts[0] rows times weight[0] (d_out, d_in), the next times weight[1], ..."""
-    weight = weight.to(x.dtype)                                             # (n_experts, d_out, d_in)
+    """x (rows, d_in): the first counts[0] rows times weight[0] (d_out, d_in), the next times weight[1] ..."""
     if x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
         ends = counts.cumsum(0).to(torch.int32)
-        return F.grouped_mm(x, weight.mT, offs=ends)
-    slices = x.split(counts.tolist())       # no slower than one kernel, but it waits for the counts
-    return torch.cat([F.linear(rows, matrix) for rows, matrix in zip(slices, weight)])
+        return F.grouped_mm(x, weight.mT.to(x.dtype), offs=ends)            # one kernel: nothing waits
+    slices = zip(x.split(counts.tolist()), weight.to(x.dtype))              # elsewhere as fast
+    return torch.cat([F.linear(rows, matrix) for rows, matrix in slices])
 
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of softmax(h @ weight.T), no logits kept; h (N, d), weight (V, d), targets (N,).
@@ -262,13 +261,13 @@ class Transformer(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).to(self.head.dtype), targets.flatten())
 
     def losses(self, idx, targets):
-        """What training needs: the cross-entropy of forward() without its logits, the records of hidden()."""
+        """What training needs: forward()'s cross-entropy, without its logits, and the records of hidden()."""
         h, router = self.hidden(idx)
         return HeadLoss.apply(h.flatten(0, 1), self.head, targets.flatten()), router
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Continue idx (B, T) by max_new_tokens; temperature 0: the likeliest; top_k: of the best few."""
+        """idx (B, T) -> (B, T + max_new_tokens), each new token one of the likeliest top_k (None: of all)."""
         context_length = self.config.context_length
         for _ in range(max_new_tokens):
             window = idx[:, -context_length:]
@@ -280,10 +279,7 @@ class Transformer(nn.Module):
             if top_k:
                 lowest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits[logits < lowest] = -math.inf
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1)
+            token = torch.multinomial((logits / temperature).softmax(-1), 1)
             idx = torch.cat((idx, token), dim=1)
         return idx
 

@@ -222,17 +222,15 @@ def build_optimizer(model, name, lr, weight_decay=0.1, betas=(0.9, 0.95), moment
             head.append(p)
         else:
             hidden.append(p)
-    decayed = hidden + head
     optimizers = []
+    if name == "muon":
+        optimizers = [Muon(hidden, lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=model.dtype)]
+        hidden = []
+        lr = lr * adamw_lr_ratio        # AdamW's, for the rest
     make = partial(AdamW, lr=lr, betas=betas)
     if name == "sgd":
         make = partial(SGD, lr=lr, momentum=momentum)
-    if name == "muon":
-        muon = partial(Muon, lr=lr, momentum=momentum, dtype=model.dtype)
-        optimizers.append(muon(hidden, weight_decay=weight_decay))
-        make = partial(AdamW, lr=lr * adamw_lr_ratio, betas=betas)
-        decayed = head
-    for params, decay in ((decayed, weight_decay), (undecayed, 0.0)):
+    for params, decay in ((hidden + head, weight_decay), (undecayed, 0.0)):
         if params:
             optimizers.append(make(params, weight_decay=decay))
     return optimizers

@@ -57,8 +57,8 @@ SCHEDULES = [*SHAPES, "exponential", "plateau"]
 def make_schedule(name, max_steps, warmup_ratio=0.1, min_lr_ratio=0.1):
     """f(step) -> factor of the peak rate; the ratios, in [0, 1], are shares of max_steps and of the peak."""
     if name not in SCHEDULES or max_steps < 1 or not 0 <= warmup_ratio <= 1 or not 0 <= min_lr_ratio <= 1:
-        raise ValueError(f"no {name!r} over {max_steps} steps with warm-up ratio {warmup_ratio}, minimum ratio "
-                         f"{min_lr_ratio}; ratios are from 0 to 1, names {', '.join(SCHEDULES)}")
+        raise ValueError(f"no {name!r} over {max_steps} steps with ratios {warmup_ratio} and {min_lr_ratio}; "
+                         f"ratios are from 0 to 1, names {', '.join(SCHEDULES)}")
     warmup_steps = round(warmup_ratio * max_steps)
     if name == "exponential":       # the range test: from 1e-4 of the peak up to it, without the two ratios
         return lambda step: 1e-4 ** (1 - step / max(1, max_steps - 1))
@@ -73,14 +73,11 @@ def make_schedule(name, max_steps, warmup_ratio=0.1, min_lr_ratio=0.1):
     return factor
 
 class Plateau:
-    """Halves the rate, down to the floor, when `patience` evaluations have not improved the best loss enough.
-
-    The only schedule with state: a plain dict, which goes into the checkpoint.
-    """
+    """Halves the rate, down to the floor, when `patience` evaluations have not improved the best loss enough."""
     def __init__(self, warmup_steps, floor):
         self.warmup_steps = warmup_steps
         self.floor = floor
-        self.state = {"scale": 1.0, "best": math.inf, "waited": 0}
+        self.state = {"scale": 1.0, "best": math.inf, "waited": 0}      # goes into the checkpoint
 
     def __call__(self, step):
         if step < self.warmup_steps:
