@@ -1,5 +1,4 @@
-"""
-The transformer, dense or mixture-of-experts, in the order in which a token meets it.
+"""The transformer, dense or mixture-of-experts, in the order in which a token meets it.
 
     x = embed[token]
     for each layer:   x = x + attention(rmsnorm(x));   x = x + feed_forward(rmsnorm(x))
@@ -7,10 +6,8 @@ The transformer, dense or mixture-of-experts, in the order in which a token meet
 
 It is the modern plain decoder: pre-norm RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021),
 no biases, and as feed-forward either SwiGLU (Shazeer 2020), or n_experts small networks of which a router
-picks top_k for each token (Shazeer et al. 2017; the balance loss is the Switch Transformer's, Fedus et al.
-2021).
+picks top_k for each token (Shazeer et al. 2017), with the balance loss of Fedus et al. 2021.
 
-Three conventions keep it short and fast:
 - Weights are float32 and are cast to `model.dtype` (bfloat16 where the hardware has it) when they are used.
 - Weights that are several matrices side by side, like Q, K and V or the experts, are one stacked tensor
   (n, rows, cols): one product computes them all, and Muon (optim.py) still sees each matrix by itself.
@@ -19,7 +16,6 @@ Three conventions keep it short and fast:
 
     python model.py    # each preset's parameters, those that a token uses, and which optimizer owns them
 """
-
 import math
 from dataclasses import dataclass
 
@@ -42,21 +38,19 @@ class ModelConfig:
     rope_base: float = 10_000.0
 
     def __post_init__(self):
-        d_head, rest = divmod(self.d_model, self.n_heads)
-        if rest or d_head % 2:
+        if self.d_model % (2 * self.n_heads):       # 2: rotary positions turn pairs
             raise ValueError(f"d_model {self.d_model} must be n_heads {self.n_heads} times an even number; "
                              "change --d-model or --n-heads")
         if self.n_experts and not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k {self.top_k} must be from 1 to {self.n_experts} experts; change --top-k")
 
 DENSE = ModelConfig(vocab_size=10_000, context_length=256, n_heads=16, d_model=512, d_ff=1344)
-MOE = ModelConfig(vocab_size=49_152, context_length=512, n_layers=6, n_heads=8, d_model=384, d_ff=1536,
-                  n_experts=8, tied=True)
 PRESETS = {
     "tiny": ModelConfig(),
     "dense": DENSE,
     "dense-low": DENSE,         # the same model on an eighth of the tokens
-    "moe": MOE,
+    "moe": ModelConfig(vocab_size=49_152, context_length=512, n_layers=6, n_heads=8, d_model=384, d_ff=1536,
+                       n_experts=8, tied=True),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -69,26 +63,25 @@ def linear(x, weight):
 def rmsnorm(x, gain):
     return F.rms_norm(x, (x.size(-1),), gain.to(x.dtype), eps=1e-6)
 
-def rope_tables(context_length, d_head, base):
-    """cos and signed sin (context_length, d_head) of the angle position * base^(-2i / d_head) of pair i."""
+def rope_angles(context_length, d_head, base):
+    """cos and sin (2, context_length, d_head) of the angle position * base^(-2i / d_head) of pair i."""
     frequencies = base ** (-torch.arange(0, d_head, 2).float() / d_head)
     angles = torch.arange(context_length).float()[:, None] * frequencies    # (context_length, d_head / 2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    angles = torch.cat((-angles, angles), dim=-1)                           # the first of a pair gets -sin
+    return torch.stack((angles.cos(), angles.sin()))
 
-def rope(x, cos, sin):
+def rope(x, angles):
     """Turn pair (i, i + d_head/2) of x (B, T, n_heads, d_head) by its position: q.k depends on distance."""
     T, d_head = x.size(1), x.size(-1)
-    cos = cos[:T, None].to(x.dtype)                                         # (T, 1, d_head)
-    sin = sin[:T, None].to(x.dtype)
+    cos, sin = angles[:, :T, None].to(x.dtype)                              # (T, 1, d_head)
     return x * cos + x.roll(d_head // 2, dims=-1) * sin
 
 def attend(q, k, v, dropout=0.0):
     """softmax(q k' / sqrt(d_head)) v over positions up to one's own; q, k, v (B, n_heads, T, d_head)."""
     if not q.is_cpu:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    # The same in plain products. On a CPU they take half the time of the fused kernel (tests/bench.py parts)
-    # if a block of queries meets only the keys up to its end.
+    # On a CPU plain products take half the time of the fused kernel (tests/bench.py parts) if a block of
+    # queries meets only the keys up to its end.
     q = q * q.size(-1) ** -0.5
     out, end = [], 0
     for block in q.split(128, dim=-2):
@@ -100,20 +93,15 @@ def attend(q, k, v, dropout=0.0):
     return torch.cat(out, dim=-2)
 
 def grouped_linear(x, weight, counts):
-    """
-    Rows of x (rows, d_in), sorted by expert, times that expert's matrix of weight (n_experts, d_out, d_in).
-    counts (n_experts,) holds the number of rows of each expert, in order; none is fine.
-    On CUDA one kernel reads the counts on the device; elsewhere a loop over slices is as fast.
-    """
+    """x (rows, d_in): the first counts[0] rows times weight[0] (d_out, d_in), the next times weight[1] ..."""
     if x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
         ends = counts.cumsum(0).to(torch.int32)
-        return F.grouped_mm(x, weight.mT.to(x.dtype), offs=ends)
-    slices = zip(x.split(counts.tolist()), weight.to(x.dtype))
+        return F.grouped_mm(x, weight.mT.to(x.dtype), offs=ends)            # one kernel: nothing waits
+    slices = zip(x.split(counts.tolist()), weight.to(x.dtype))              # elsewhere as fast
     return torch.cat([F.linear(rows, matrix) for rows, matrix in slices])
 
 class HeadLoss(torch.autograd.Function):
-    """
-    Mean cross-entropy of softmax(h @ weight.T) without keeping logits: h (N, d), weight (V, d), targets (N,).
+    """Mean cross-entropy of softmax(h @ weight.T), no logits kept; h (N, d), weight (V, d), targets (N,).
 
     Logits are by far the largest tensor of a small model (dense: 32,768 tokens x 10,000 words), but their
     gradient, softmax - onehot, is known as soon as they are. So a slice of tokens goes through both passes at
@@ -122,20 +110,19 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets):
         w = weight.to(h.dtype)
-        loss = weight.new_zeros(())
+        loss = 0.0
         grad_h = []
         grad_w = torch.zeros_like(weight)
         # A slice should stay in a CPU's cache (on a GPU: in 2 GB), but each reads and writes all of grad_w.
-        slice_size = 2**28 if h.is_cuda else 2**22
-        n_logits = len(h) * len(w)
-        n_slices = math.ceil(n_logits / max(slice_size, w.numel()))
+        slice_size = max(2**28 if h.is_cuda else 2**22, w.numel())
+        n_slices = math.ceil(len(h) * len(w) / slice_size)
         for rows, t in zip(h.chunk(n_slices), targets[:, None].chunk(n_slices)):
             logits = rows @ w.T                                             # (n, V)
             top = logits.amax(-1, keepdim=True).to(weight.dtype)            # (n, 1)
             e = (logits - top).exp_()
             total = e.sum(-1, keepdim=True)                                 # softmax is e / total
             nll = total.log() + top - logits.gather(1, t)                   # (n, 1)
-            loss += nll.sum()
+            loss = loss + nll.sum()
             of_target = total * torch.expm1(-nll)                           # probability - 1, exact near 0
             grad = e.to(h.dtype).scatter_(1, t, of_target.to(h.dtype))      # total x (softmax - onehot)
             grad_h.append((grad @ w / total).to(h.dtype))
@@ -160,13 +147,11 @@ class Attention(nn.Module):
         self.qkv = nn.Parameter(torch.empty(3, config.d_model, config.d_model))
         self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
 
-    def forward(self, x, cos, sin):
-        n_heads = self.n_heads
-        qkv = linear(x, self.qkv).unflatten(-1, (3 * n_heads, -1))          # (B, T, 3 n_heads, d_head)
-        qk, v = qkv.split((2 * n_heads, n_heads), dim=2)
-        q, k = rope(qk, cos, sin).split(n_heads, dim=2)
-        q = q.transpose(1, 2)                                               # (B, n_heads, T, d_head)
-        k = k.transpose(1, 2)
+    def forward(self, x, angles):
+        qkv = linear(x, self.qkv).unflatten(-1, (3, self.n_heads, -1))      # (B, T, 3, n_heads, d_head)
+        q, k, v = qkv.unbind(2)
+        q = rope(q, angles).transpose(1, 2)                                 # (B, n_heads, T, d_head)
+        k = rope(k, angles).transpose(1, 2)
         v = v.transpose(1, 2)
         y = attend(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)                                    # (B, T, d_model)
@@ -230,8 +215,8 @@ class Block(nn.Module):
         self.feed_forward = MoE(config) if config.n_experts else SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin):
-        x = x + self.dropout(self.attention(rmsnorm(x, self.norm1), cos, sin))
+    def forward(self, x, angles):
+        x = x + self.dropout(self.attention(rmsnorm(x, self.norm1), angles))
         y, router = self.feed_forward(rmsnorm(x, self.norm2))
         return x + self.dropout(y), router
 
@@ -246,13 +231,11 @@ class Transformer(nn.Module):
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.ones(config.d_model))
-        self.head = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        if config.tied:
-            self.head = self.embed
-        d_head = config.d_model // config.n_heads
-        cos, sin = rope_tables(config.context_length, d_head, config.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.head = self.embed
+        if not config.tied:
+            self.head = nn.Parameter(torch.empty_like(self.embed))
+        angles = rope_angles(config.context_length, config.d_model // config.n_heads, config.rope_base)
+        self.register_buffer("angles", angles, persistent=False)
         for name, p in self.named_parameters():
             std = 0.02                                      # GPT-2's
             if name.endswith(("attention.out", "feed_forward.down")):
@@ -262,11 +245,10 @@ class Transformer(nn.Module):
 
     def hidden(self, idx):
         """idx (B, T) -> the last layer, normalized (B, T, d_model), and records (n_layers, 2 + n_experts)."""
-        assert idx.size(1) <= self.config.context_length, f"{idx.size(1)} tokens exceed context_length"
         x = F.embedding(idx, self.embed).to(self.dtype)                     # (B, T, d_model)
         records = []
         for block in self.blocks:
-            x, record = block(x, self.cos, self.sin)
+            x, record = block(x, self.angles)
             records.append(record)
         return rmsnorm(x, self.norm), torch.stack(records) if self.config.n_experts else None
 
@@ -279,13 +261,13 @@ class Transformer(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).to(self.head.dtype), targets.flatten())
 
     def losses(self, idx, targets):
-        """What training needs: the cross-entropy of forward() without its logits, the records of hidden()."""
+        """What training needs: forward()'s cross-entropy, without its logits, and the records of hidden()."""
         h, router = self.hidden(idx)
         return HeadLoss.apply(h.flatten(0, 1), self.head, targets.flatten()), router
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Continue idx (B, T) by max_new_tokens; temperature 0: the likeliest; top_k: of the best few."""
+        """idx (B, T) -> (B, T + max_new_tokens), each new token one of the likeliest top_k (None: of all)."""
         context_length = self.config.context_length
         for _ in range(max_new_tokens):
             window = idx[:, -context_length:]
@@ -297,10 +279,7 @@ class Transformer(nn.Module):
             if top_k:
                 lowest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits[logits < lowest] = -math.inf
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1)
+            token = torch.multinomial((logits / temperature).softmax(-1), 1)
             idx = torch.cat((idx, token), dim=1)
         return idx
 
@@ -319,13 +298,11 @@ def count_parameters(config):
         feed_forward = n_experts * (expert + d)             # d: its row of the router
         idle = config.n_layers * (n_experts - config.top_k) * expert
     muon = config.n_layers * (attention + feed_forward)
-    norms = (2 * config.n_layers + 1) * d
-    embeddings = config.vocab_size * d
-    adamw = norms + (embeddings if config.tied else 2 * embeddings)
+    adamw = (2 * config.n_layers + 1) * d                   # norms
+    adamw += config.vocab_size * d * (2 - config.tied)      # embedding and head
     return {"total": muon + adamw, "used per token": muon + adamw - idle, "Muon": muon, "AdamW": adamw}
 
 if __name__ == "__main__":
-    print(f"{'preset':<12}{'total':>14}{'used per token':>18}{'Muon':>14}{'AdamW':>14}")
     for name, config in PRESETS.items():
-        total, used, muon, adamw = count_parameters(config).values()
-        print(f"{name:<12}{total:>14,}{used:>18,}{muon:>14,}{adamw:>14,}")
+        counts = count_parameters(config)
+        print(f"{name:<10}", *[f"{n:>12,} {kind}" for kind, n in counts.items()])

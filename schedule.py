@@ -7,9 +7,8 @@ step t uses (t + 1) / warmup_steps: the first update is small, not zero. What fo
 `min_lr_ratio` as a function of progress, which is 0 just after warm-up and 1 at the last step. A step is one
 of the optimizer: told the number of micro-batches instead, a schedule would anneal only its first part.
 
-Sources: cosine and restarts, Loshchilov & Hutter 2017; warm-up-stable-decay, Hu et al. 2024 (MiniCPM);
-triangular cycles and the range test, Smith 2017; stages, DeepSeek LLM 2024 (1, 0.316, 0.1) with the factors
-of a small-MoE study.
+Sources: cosine and restarts, Loshchilov & Hutter 2017; wsd, Hu et al. 2024 (MiniCPM); triangular and the
+range test, Smith 2017; stages, DeepSeek LLM 2024 (1, 0.316, 0.1) with the factors of a small-MoE study.
 
     python schedule.py [picture.png]        # draws them all
 """
@@ -30,14 +29,12 @@ def cosine(progress, floor):
 
 def restarts(progress, floor, cycles=3):
     """Cosine, started again from the peak `cycles` times."""
-    if progress == 1:
-        return floor
-    return cosine(progress * cycles % 1, floor)
+    cycle = min(int(progress * cycles), cycles - 1)
+    return cosine(progress * cycles - cycle, floor)
 
 def wsd(progress, floor, decay=0.2):
     """Warm-up-stable-decay: at the peak until the last `decay` of the way, then linear."""
-    stable = 1 - decay
-    return linear(max(0.0, (progress - stable) / decay), floor)
+    return linear(max(0.0, (progress - (1 - decay)) / decay), floor)
 
 def triangular(progress, floor, cycles=3):
     """Linear down to the floor and up again, `cycles` times, ending at the floor."""
@@ -48,9 +45,7 @@ def stages(progress, floor):
     """1, then 0.46, then 0.15 of the peak; a floor above a stage holds it up."""
     if progress < 0.6:
         return 1.0
-    if progress < 0.85:
-        return max(floor, 0.46)
-    return max(floor, 0.15)
+    return max(floor, 0.46 if progress < 0.85 else 0.15)
 
 SHAPES = {"constant": constant, "linear": linear, "cosine": cosine, "restarts": restarts, "wsd": wsd,
           "triangular": triangular, "stages": stages}
@@ -60,85 +55,66 @@ SCHEDULES = [*SHAPES, "exponential", "plateau"]
 # The schedule of a run
 
 def make_schedule(name, max_steps, warmup_ratio=0.1, min_lr_ratio=0.1):
-    """f(step) -> factor of the peak rate, for step 0 .. max_steps - 1 of the optimizer.
-
-    warmup_ratio in [0, 1] is a share of max_steps, min_lr_ratio in [0, 1] a share of the peak. `exponential`
-    is the range test: from 1e-4 of the peak up to it, neither ratio used. `plateau` alone has state. Raises
-    ValueError on an unknown name or a setting outside its range.
-    """
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}; choose one of: {', '.join(SCHEDULES)}")
-    if max_steps < 1 or not 0 <= warmup_ratio <= 1 or not 0 <= min_lr_ratio <= 1:
-        raise ValueError("a schedule needs at least 1 step and ratios in [0, 1]; got "
-                         f"{max_steps} steps, warm-up ratio {warmup_ratio}, minimum ratio {min_lr_ratio}")
+    """f(step) -> factor of the peak rate; the ratios, in [0, 1], are shares of max_steps and of the peak."""
+    if name not in SCHEDULES or max_steps < 1 or not 0 <= warmup_ratio <= 1 or not 0 <= min_lr_ratio <= 1:
+        raise ValueError(f"no {name!r} over {max_steps} steps with ratios {warmup_ratio} and {min_lr_ratio}; "
+                         f"ratios are from 0 to 1, names {', '.join(SCHEDULES)}")
     warmup_steps = round(warmup_ratio * max_steps)
-    last_step = max_steps - 1
-    if name == "exponential":
-        return lambda step: 1e-4 ** (1 - step / max(1, last_step))
+    if name == "exponential":       # the range test: from 1e-4 of the peak up to it, without the two ratios
+        return lambda step: 1e-4 ** (1 - step / max(1, max_steps - 1))
     if name == "plateau":
         return Plateau(warmup_steps, min_lr_ratio)
 
     def factor(step):
         if step < warmup_steps:
             return (step + 1) / warmup_steps    # the last step of the warm-up is the first at the peak
-        progress = (step - warmup_steps) / max(1, last_step - warmup_steps)
+        progress = (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps)
         return SHAPES[name](min(1.0, progress), min_lr_ratio)
     return factor
 
-def rule_of_thumb(n_params):
-    """A first guess at Muon's peak rate, 0.065 x sqrt(parameters / 79 M): one study's heuristic."""
-    return 0.065 * math.sqrt(n_params / 79e6)
-
 class Plateau:
-    """Halves the rate, down to the floor, when `patience` evaluations have not improved the best loss enough.
-
-    Call observe(val_loss) after each evaluation; state (a plain dict) goes into the checkpoint.
-    """
-    def __init__(self, warmup_steps, floor, threshold=0.01, patience=5):
+    """Halves the rate, down to the floor, when `patience` evaluations have not improved the best loss enough."""
+    def __init__(self, warmup_steps, floor):
         self.warmup_steps = warmup_steps
         self.floor = floor
-        self.threshold = threshold
-        self.patience = patience
-        self.state = {"scale": 1.0, "best": math.inf, "waited": 0}
+        self.state = {"scale": 1.0, "best": math.inf, "waited": 0}      # goes into the checkpoint
 
     def __call__(self, step):
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         return self.state["scale"]
 
-    def observe(self, val_loss):
+    def observe(self, val_loss, threshold=0.01, patience=5):
         state = self.state
         state["waited"] += 1
-        if val_loss < state["best"] * (1 - self.threshold):
-            state["best"] = val_loss
-            state["waited"] = 0
-        if state["waited"] == self.patience:
-            state["scale"] = max(self.floor, state["scale"] / 2)
-            state["waited"] = 0
+        if val_loss < state["best"] * (1 - threshold):
+            state.update(best=val_loss, waited=0)
+        if state["waited"] == patience:
+            state.update(scale=max(self.floor, state["scale"] / 2), waited=0)
 
-def draw(path):
-    """All schedules, 200 steps each, in a picture."""
+def rule_of_thumb(n_params):
+    """A first guess at Muon's peak rate, 0.065 x sqrt(parameters / 79 M): one study's heuristic."""
+    return 0.065 * math.sqrt(n_params / 79e6)
+
+if __name__ == "__main__":
     from matplotlib.figure import Figure
+    path = (sys.argv + ["schedules.png"])[1]
     fig = Figure(figsize=(11, 7), layout="constrained")
     fig.supylabel("factor of the peak rate")
     fig.supxlabel("optimizer step; 10% warm-up and a floor of 10% of the peak")
     for ax, name in zip(fig.subplots(3, 3, sharex=True, sharey=True).flat, SCHEDULES):
-        schedule = make_schedule(name, 200)
+        schedule = make_schedule(name, max_steps=200)
         factors = []
         for step in range(200):
             factors.append(schedule(step))
             if name == "plateau" and step % 10 == 0:
                 schedule.observe(2 + math.exp(-step / 20))      # a validation loss that settles at 2
-        ax.plot(factors, color="#0072B2")
+        ax.plot(factors)
         ax.set_title(name)
-    fig.savefig(path)
-
-if __name__ == "__main__":
-    path = (sys.argv + ["schedules.png"])[1]
     try:
         if not path:
             raise ValueError("no name")
-        draw(path)
+        fig.savefig(path)
     except (OSError, ValueError) as error:      # ValueError: a name whose ending is no picture's
         print(f"schedule.py: cannot write {path!r} ({error}); name a .png file", file=sys.stderr)
         sys.exit(2)

@@ -1,13 +1,11 @@
-"""
-Benchmarks, run by hand, never as tests: timings depend on the machine, so each compares side by side in one run.
+"""Benchmarks, run by hand: timings depend on the machine, so each compares side by side in one run.
 
-    python tests/bench.py train --preset dense --batch-size 128 32    # complete steps beside a plain reference
+    python tests/bench.py train --preset dense --batch-size 128 32    # steps beside a plain reference
     python tests/bench.py train --preset moe                          # the same, beside a loop over experts
     python tests/bench.py parts --preset moe                          # where a step's time goes
-    python tests/bench.py start                                       # from the command to the end of its first step
-    python tests/bench.py data --mb 100                               # BPE and encoding beside the `tokenizers` library
+    python tests/bench.py start                                       # seconds to the end of the first step
+    python tests/bench.py data --mb 100                               # BPE and encoding beside `tokenizers`
 """
-
 import argparse
 import os
 import subprocess
@@ -57,7 +55,7 @@ def product_rate(device, dtype):
 
 
 def flops_per_token(config):
-    """Multiply-adds of products, forward and backward: 6 a weight used (an embedding is looked up), attention."""
+    """Of products, forward and backward: 6 for each weight (an embedding is looked up), and attention."""
     weights = count_parameters(config)["used per token"]
     if not config.tied:
         weights -= config.vocab_size * config.d_model
@@ -70,8 +68,7 @@ def setup():
     device = train.pick_device("auto")
     dtype = train.pick_dtype("auto", device)
     rate = product_rate(device, dtype)
-    print(f"torch {torch.__version__}, {device}; a large {dtype} product runs at {rate / 1e12:.2f} "
-          "TFLOP/s")
+    print(f"torch {torch.__version__}, {device}; a large {dtype} product runs at {rate / 1e12:.2f} TFLOP/s")
     return device, dtype, rate
 
 
@@ -146,6 +143,7 @@ def time_step(preset, batch_size, make, changes, repeats, inner):
     config = replace(config, **changes)
     device = train.pick_device("auto")
     train.keep_freed_memory()
+    torch.compiler.reset()      # it keeps 8 variants of a function, and this is another model
     torch.manual_seed(0)
     step = make(args, config, device)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, 10**6).astype(np.uint16)
@@ -202,7 +200,8 @@ def bench_parts(flags):
     shape = (flags.batch_size, config.n_heads, config.context_length, config.d_model // config.n_heads)
     q, k, v, dy = torch.randn(4, *shape, device=device, dtype=dtype)
     fused = partial(F.scaled_dot_product_attention, is_causal=True)
-    for name, f in {"attention of a layer, forward and backward, here": attend, "  torch's fused": fused}.items():
+    kernels = {"attention of a layer, forward and backward, here": attend, "  torch's fused": fused}
+    for name, f in kernels.items():
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
         report(name, median_ms(lambda: torch.autograd.grad(f(*leaves), leaves, dy), 5, 5))
 
@@ -218,7 +217,7 @@ def bench_parts(flags):
     ours = build_optimizer(model, args.optimizer, 1e-3)
     ours_ms = median_ms(lambda: [optimizer.step() for optimizer in ours], 3)
     report(f"optimizer step, {args.optimizer}, here, not compiled", ours_ms)
-    report("  AdamW on all, here", median_ms(AdamW(params).step, 3))
+    report("  AdamW on all, here", median_ms(AdamW(params, lr=1e-3).step, 3))
     report("  torch.optim.AdamW(fused=True) on all", median_ms(torch.optim.AdamW(params, fused=True).step, 3))
 
 
@@ -228,7 +227,8 @@ def bench_start(flags):
     parser.add_argument("--preset", default="dense")
     flags = parser.parse_args(flags)
     with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        env = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor")
+        env["TRITON_CACHE_DIR"] = f"{folder}/triton"
         program = [sys.executable, str(ROOT / "train.py"), "--preset", flags.preset, "--data", "stdlib"]
         program += ["--max-steps", "10", "--log-interval", "1", "--no-plot", "--sample", "0"]
         subprocess.run([*program, "--prepare"], check=True)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from model import PRESETS, Transformer
-from optim import SGD, AdamW, Muon, build_optimizer, newton_schulz
+from optim import SGD, AdamW, Muon, adamw_update, build_optimizer, muon_update, newton_schulz, sgd_update
 
 SHAPES = [(7,), (5, 3), (2, 4, 6)]
 
@@ -142,29 +142,27 @@ def test_each_parameter_has_one_owner(name, preset):
         optimizers = build_optimizer(model, name, lr=0.02, adamw_lr_ratio=0.1)
     owners = {}
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                assert p not in owners
-                owners[p] = (type(optimizer), group["weight_decay"] > 0, group["peak_lr"])
+        for p in optimizer.params:
+            assert p not in owners
+            owners[p] = (optimizer.update, optimizer.settings["weight_decay"] > 0, optimizer.peak_lr)
     assert len(owners) == len(list(model.parameters()))
     for key, p in model.named_parameters():
-        kind = {"adamw": AdamW, "muon": AdamW, "sgd": SGD}[name]
+        kind = sgd_update if name == "sgd" else adamw_update
         lr = 0.02
         if name == "muon" and key.startswith("blocks.") and "norm" not in key:
-            kind = Muon
+            kind = muon_update
         elif name == "muon":
             lr = 0.02 * 0.1
         assert owners[p] == (kind, "norm" not in key and key != "embed", lr), key
     if preset == "moe" and name == "muon":
-        [group] = optimizers[0].param_groups
-        assert sum(p.numel() for p in group["params"]) == 60_180_480
+        assert sum(p.numel() for p in optimizers[0].params) == 60_180_480
 
 
 @pytest.mark.parametrize("make", [AdamW, Muon, SGD])
-def test_set_lr_scales_every_group(make):
+def test_set_lr_scales_the_step(make):
     def moved(factor):
         one, two = tensors(shapes=[(4, 3), (2, 5)])
-        optimizer = make([{"params": [one]}, {"params": [two]}], weight_decay=0.0)
+        optimizer = make([one, two], lr=0.1, weight_decay=0.0)
         before = torch.cat([one.flatten(), two.flatten()])
         optimizer.set_lr(factor)
         drive(optimizer, [one, two], 1)
@@ -200,7 +198,7 @@ def test_state_survives_saving(tmp_path, make):
     (Muon, (3,), {})])
 def test_bad_settings_are_refused(make, shape, settings):
     with pytest.raises(ValueError):
-        make(tensors(shapes=[shape]), **settings)
+        make(tensors(shapes=[shape]), **{"lr": 0.1, **settings})
 
 
 @pytest.mark.parametrize("make", [AdamW, Muon, SGD])

@@ -103,10 +103,10 @@ def test_against_the_full_hessian(config, name):
         clip = min(1, 0.1 / train.flat(grads).norm().item())
         gradients = {p: g * clip for p, g in zip(model.parameters(), grads)}
         P = {}
-        for group in optimizers[0].param_groups:
-            clipped = [gradients[p] for p in group["params"]]
-            of_group = adamw_preconditioner(clipped, group["vs"], group["step"], (0.9, 0.95), 1e-8)
-            P.update(zip(group["params"], of_group))
+        for optimizer in optimizers:
+            vs, step = optimizer.state["vs"], optimizer.state["step"]
+            clipped = [gradients[p] for p in optimizer.params]
+            P.update(zip(optimizer.params, adamw_preconditioner(clipped, vs, step, (0.9, 0.95), 1e-8)))
         D = train.flat(P[p] for p in model.parameters()) ** -0.5
         tops["preconditioned_sharpness"] = torch.linalg.eigvalsh(D[:, None] * H * D)[-1].item()
     for found in (cells, again):
@@ -122,13 +122,13 @@ def test_the_preconditioner_is_that_of_the_next_update():
     torch.manual_seed(0)
     w = torch.randn(30, requires_grad=True)
     optimizer = AdamW([w], lr=0.1, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0)
-    group = optimizer.param_groups[0]
+    state = optimizer.state
     for _ in range(5):
         w.grad = torch.randn(30)
-        [P] = adamw_preconditioner([w.grad], group["vs"], group["step"], (0.9, 0.95), 1e-3)
+        [P] = adamw_preconditioner([w.grad], state["vs"], state["step"], (0.9, 0.95), 1e-3)
         before = w.detach().clone()
         optimizer.step()
-        torch.testing.assert_close(before - w.detach(), 0.1 * group["ms"][0] / P, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(before - w.detach(), 0.1 * state["ms"][0] / P, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -155,9 +155,8 @@ def test_adamw_with_its_preconditioner_held_fixed(factor, diverges):
     assert threshold == pytest.approx(38 / lr)
     w = torch.ones(1, requires_grad=True)
     optimizer = AdamW([w], lr=lr, betas=(0.9, 1 - 1e-12), eps=0.0, weight_decay=0.0)
-    group = optimizer.param_groups[0]
-    group["step"].fill_(1e9)
-    group["vs"][0].fill_(1e-3)      # 1 - beta2^t, so that v^ is 1
+    optimizer.state["step"].fill_(1e9)
+    optimizer.state["vs"][0].fill_(1e-3)      # 1 - beta2^t, so that v^ is 1
     w.data.fill_(1e-9)
     for _ in range(2000):
         w.grad = factor * threshold * w.detach()
