@@ -55,8 +55,7 @@ class DataError(ValueError):
     def __init__(self, message):
         super().__init__(re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", message))
 
-# --------------------------------------------------------------------------------------------------
-# Tokenizer: text to ids and back
+# Tokenizer: text to ids and back ------------------------------------------------------------------
 
 # GPT-2 writes each byte as a printable character: its own of Latin-1 or, where that has none, U+0100 and on.
 spare = map(chr, range(256, 512))
@@ -191,8 +190,7 @@ def train_bpe(piece_counts, vocab_size):
     return Tokenizer({"version": "1.0", "added_tokens": [{"id": 0, "content": EOT, "special": True, **flags}],
                       "pre_tokenizer": GPT2, "decoder": GPT2, "model": model})
 
-# --------------------------------------------------------------------------------------------------
-# Corpora: which files hold the text
+# Corpora: which files hold the text ---------------------------------------------------------------
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 ROWS = HUB.replace("://", "://datasets-server.")
@@ -288,8 +286,7 @@ def files_of(name, cache):
         raise DataError(f"unknown corpus '{name}': use stdlib, tinystories, cosmopedia or a path with text")
     return found
 
-# --------------------------------------------------------------------------------------------------
-# Preparing: documents go to one process a core
+# Preparing: documents go to one process a core ----------------------------------------------------
 
 def read(files):
     """(documents, files that are no UTF-8 text). A document is what stands between <|endoftext|>, or a file.
@@ -378,8 +375,7 @@ def prepare(files, val_files, tokenizer, vocab_size, folder):
             with open(folder / name, "wb") as file:
                 file.writelines(parallel(pool, partial(encode, tokenizer_path=path), documents, name))
 
-# --------------------------------------------------------------------------------------------------
-# Loading: a prepared corpus, its batches and its validation windows
+# Loading: a prepared corpus, its batches and its validation windows -------------------------------
 
 @dataclass
 class Corpus:
@@ -415,7 +411,7 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
     in a folder under `cache` unless it is there. n_tokens: how many training tokens a run will read; no more
     is fetched from the network than that. Raises DataError for what a user can put right."""
     if not 257 <= vocab_size <= 65536:
-        raise DataError(f"a vocabulary of {vocab_size} is not possible: use 257 (bytes, {EOT}) to 65536")
+        raise DataError(f"a vocabulary of {vocab_size:,} is not possible: use 257 (bytes, {EOT}) to 65,536")
     cache = Path(os.path.abspath(cache))
     try:
         if name in NETWORK:
@@ -503,8 +499,7 @@ def val_windows(tokens, context_length, max_tokens):
     n = min(max(max_tokens // context_length, 1), len(apart))
     return inputs_and_targets(apart[np.arange(n) * len(apart) // n])
 
-# --------------------------------------------------------------------------------------------------
-# python data.py NAME
+# python data.py NAME ------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description="Prepare a corpus and show what a model will see.")

@@ -53,8 +53,7 @@ PRESETS = {
                        n_experts=8, tied=True),
 }
 
-# --------------------------------------------------------------------------------------------------
-# Pure functions
+# Pure functions -----------------------------------------------------------------------------------
 
 def linear(x, weight):
     """x (..., d_in) times a weight (d_out, d_in) or (n, d_out, d_in), cast to x's dtype: (..., [n] d_out)."""
@@ -136,8 +135,7 @@ class HeadLoss(torch.autograd.Function):
         scale = grad / len(grad_h)      # float32: in bfloat16 it would put every gradient off by up to 0.4%
         return (grad_h * scale).to(grad_h.dtype), grad_w * scale, None
 
-# --------------------------------------------------------------------------------------------------
-# The layers
+# The layers ---------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -220,8 +218,7 @@ class Block(nn.Module):
         y, router = self.feed_forward(rmsnorm(x, self.norm2))
         return x + self.dropout(y), router
 
-# --------------------------------------------------------------------------------------------------
-# The model
+# The model ----------------------------------------------------------------------------------------
 
 class Transformer(nn.Module):
     def __init__(self, config, dtype=torch.float32):
@@ -283,8 +280,7 @@ class Transformer(nn.Module):
             idx = torch.cat((idx, token), dim=1)
         return idx
 
-# --------------------------------------------------------------------------------------------------
-# Counting
+# Counting -----------------------------------------------------------------------------------------
 
 def count_parameters(config):
     """total, used per token (top_k of n_experts experts), what Muon and AdamW get with --optimizer muon."""

@@ -22,8 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-# --------------------------------------------------------------------------------------------------
-# The mathematics: one step on lists of tensors, in place
+# The mathematics: one step on lists of tensors, in place ------------------------------------------
 
 def bias_correction(beta, step):
     """1 - beta^step, without float32's cancellation."""
@@ -98,8 +97,9 @@ def scaled_update(update, params, grads, scale, lr, **others):
     grads = [torch.where(scale > 0, g * scale, 0.0) for g in grads]
     update(params, grads, lr=lr * (scale > 0), **others)
 
-# --------------------------------------------------------------------------------------------------
-# The edge of stability: along an eigenvector of the loss's Hessian with eigenvalue h, gradient descent
+# The edge of stability ----------------------------------------------------------------------------
+#
+# Along an eigenvector of the loss's Hessian with eigenvalue h, gradient descent
 # multiplies the distance from the bottom by 1 - lr h a step: above h = 2 / lr it swings ever wider
 
 def top_eigenvalue(product, start, tolerance=0.003, max_products=40):
@@ -152,8 +152,7 @@ def stability_threshold(name, lr, momentum, beta1):
         return 2 * (1 + beta1) / ((1 - beta1) * lr)
     return None
 
-# --------------------------------------------------------------------------------------------------
-# What is kept from step to step, and who gets what
+# What is kept from step to step, and who gets what ------------------------------------------------
 
 class Optimizer:
     """The tensors that `update` changes: params, and the state that begins at zero, named in `kept`."""
@@ -173,11 +172,6 @@ class Optimizer:
         n_dims = min(p.ndim for p in self.params)
         if update is muon_update and (n_dims < 2 or settings["dtype"] == torch.float16):
             raise ValueError("Muon is for matrices, in float32 or bfloat16: float16 overflows")
-
-    @property
-    def param_groups(self):
-        """All of them in one group, as torch.optim shows it."""
-        return [{"params": self.params, **self.state, **self.settings}]
 
     def set_lr(self, factor):
         """The rate becomes factor (from schedule.py) x its peak."""

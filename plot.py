@@ -22,8 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-# --------------------------------------------------------------------------------------------------
-# Status of a loss curve: thresholds in nats, unless they say otherwise
+# Status of a loss curve: thresholds in nats, unless they say otherwise ----------------------------
 
 SPIKE = 0.5         # a loss above the lowest level before it; 65% more perplexity is no minibatch's luck
 SPIKE_SIGMAS = 8.0  # ... and beyond the noise: 1,000 normal draws lie within 3.3 sigma of their mean
@@ -85,8 +84,7 @@ def has_diverged(losses):
         return False
     return bool(np.median(since[half // 2:]) > np.median(since[:half // 2]))
 
-# --------------------------------------------------------------------------------------------------
-# Reading: what is damaged or half written is left out, and never stops anything
+# Reading: what is damaged or half written is left out, and never stops anything -------------------
 
 COLUMNS = ("step", "lr", "train_loss", "grad_norm", "val_loss",     # of metrics.csv, those that are drawn
            "sharpness", "preconditioned_sharpness", "stability_threshold")
@@ -143,8 +141,7 @@ def read_runs(dir):
     runs = [read_run(path) for path in Path(dir).iterdir() if path.is_dir()]
     return sorted(filter(None, runs), key=lambda run: (run["lr"], run["seed"], run["name"]))
 
-# --------------------------------------------------------------------------------------------------
-# Drawing: helpers
+# Drawing: helpers ---------------------------------------------------------------------------------
 
 COLOURS = {"best": "#0072B2", "unstable": "#E69F00", "diverged": "#D55E00"}   # safe for colour-blind readers
 LABELS = {"train_loss": "training loss (nats a token)", "val_loss": "validation loss (nats a token)",
@@ -249,8 +246,7 @@ def draw_curves(runs, look, columns):
                 ax.plot(steps[-1], last, "x", color=style["color"], clip_on=False)
     return fig
 
-# --------------------------------------------------------------------------------------------------
-# The pictures of a run and of a sweep
+# The pictures of a run and of a sweep -------------------------------------------------------------
 
 def draw_run(dir):
     """In its folder: loss_curves.png, lr_schedule.png; router.png, sharpness.png where known. -> paths"""
@@ -358,8 +354,7 @@ def draw_table(rows):
     fig.axes[0].table(cells, loc="center").auto_set_column_width(range(len(names)))
     return fig
 
-# --------------------------------------------------------------------------------------------------
-# Command line
+# Command line -------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Draw a run, or report on a sweep.")

@@ -76,8 +76,7 @@ PER_GPU = {"tiny": 4, "dense": 1, "dense-low": 8, "moe": 2}     # runs at once, 
 NEAR = 0.1      # nats, 10% perplexity: stands in for the noise where there is one seed
 WORTH = 0.03    # nats that a finer grid must promise before one setting is searched closer than a factor 2
 
-# --------------------------------------------------------------------------------------------------
-# Statistics: functions of a table {rate: {seed: loss}}, where a loss of inf is a run that diverged
+# Statistics: functions of a table {rate: {seed: loss}}; inf is the loss of a run that diverged ---
 
 @functools.lru_cache(maxsize=None)
 def t_quantile(p, df):
@@ -206,8 +205,7 @@ def compare_settings(tables, margin):
                                 seeds=len(d), verdict=verdict))
     return winner, comparisons
 
-# --------------------------------------------------------------------------------------------------
-# What to run next
+# What to run next ---------------------------------------------------------------------------------
 
 def stages(table, plan):
     """What one setting wants, lists of (rate, seed): the first of them that asks for something new is run."""
@@ -275,8 +273,7 @@ def next_runs(results, plan):
         return [], "ended without the runs that failed; the same command tries them again"
     return [], "ran all that its plan asks for"
 
-# --------------------------------------------------------------------------------------------------
-# The folders of runs: how each run ended, and which may be compared
+# The folders of runs: how each run ended, and which may be compared -------------------------------
 
 def die(message):
     print(f"sweep.py: {message}", file=sys.stderr)
@@ -325,8 +322,7 @@ def comparable(dir, mix_code=True):
         die(f"{' and '.join(corpora.values())} read other data; choose another --name")
     return runs
 
-# --------------------------------------------------------------------------------------------------
-# Processes
+# Processes ----------------------------------------------------------------------------------------
 
 class Stopped(SystemExit):
     """Ctrl-C, SIGTERM or SIGHUP, with the exit status."""
@@ -445,8 +441,7 @@ def run_sweep(plan):
     print(f"\n{text}Table, analysis and pictures: {plan.dir}")
     return int(None in results.values())
 
-# --------------------------------------------------------------------------------------------------
-# Analysis: insights.json
+# Analysis: insights.json --------------------------------------------------------------------------
 
 def analyse(runs, margin=0.01, ended=None):
     """All that the sweep shows. Leaves status, loss (nats) and setting in the runs."""
@@ -526,8 +521,7 @@ def find_edge(rates, best):
                     edge.update(ratio=row["lr"] / best, survived=below["lr"])
     return edge if edge["lr"] else None
 
-# --------------------------------------------------------------------------------------------------
-# Report
+# Report -------------------------------------------------------------------------------------------
 
 COLUMNS = ("steps", "final_val_loss", "final_val_accuracy", "final_val_perplexity", "final_val_bpb",
            "final_train_loss", "best_val_loss", "best_val_step", "max_grad_norm")   # no times: repeatable
@@ -633,8 +627,7 @@ def report(dir, margin):
     plot.draw_sweep(dir, runs, insights)
     return text
 
-# --------------------------------------------------------------------------------------------------
-# Command line
+# Command line -------------------------------------------------------------------------------------
 
 def learning_rate(text):
     rate = float(f"{float(text):g}")

@@ -50,17 +50,20 @@ import data
 import plot
 from model import PRESETS, ModelConfig, Transformer, count_parameters
 from optim import adamw_preconditioner, build_optimizer, stability_threshold, top_eigenvalue
-from schedule import SCHEDULES, make_schedule, rule_of_thumb
+from schedule import SCHEDULES, first_guess, make_schedule
 
-# --------------------------------------------------------------------------------------------------
-# Settings
+# Settings -----------------------------------------------------------------------------------------
 
 RECIPES = {
     "tiny": dict(data="stdlib", batch_size=32, max_steps=200, eval_tokens=32_768),
     "dense": dict(data="tinystories", batch_size=128, max_steps=10_000, eval_tokens=131_072),
     "dense-low": dict(data="tinystories", batch_size=32, max_steps=5_000, eval_tokens=131_072),
-    "moe": dict(data="cosmopedia", optimizer="muon", lr=0.065, min_lr_ratio=0.05, batch_size=16,
+    "moe": dict(data="cosmopedia", optimizer="muon", warmup_ratio=0.02, min_lr_ratio=0.2, batch_size=16,
                 max_steps=100, eval_tokens=32_768),
+}
+FOUND = {   # preset, optimizer, d_model: best peak rate (results/README.md); for others first_guess
+    ("dense", "adamw", 512): 3e-3, ("dense-low", "adamw", 512): 1.3e-3, ("dense-low", "muon", 512): 0.01,
+    ("moe", "muon", 384): 0.065,
 }
 SHARPNESS_BATCH = 16    # sequences on which --sharpness measures; with --full-batch, all of them
 FREE = ("out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval")  # change no number
@@ -90,7 +93,7 @@ FLAGS = {   # flag: type or choices, default (None: the preset's, unless the hel
     "device": (str, "auto", "auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu"),
     "dtype": (["auto", "bfloat16", "float32"], "auto", "auto: bfloat16 where the hardware has it"),
     "optimizer": (["adamw", "muon", "sgd"], "adamw", "muon: for hidden matrices, adamw for the rest"),
-    "lr": (RATE, None, "peak learning rate; None: a first guess"),
+    "lr": (RATE, None, "peak learning rate; None: the best found for the preset, or a first guess"),
     "adamw-lr-ratio": (RATE, 0.1, "with muon: adamw's rate as a share of it"),
     "weight-decay": (SIZE, 0.1, "a step, times the rate"),
     "beta1": (BELOW_ONE, 0.9, "of adamw's averaged gradient"),
@@ -153,12 +156,11 @@ def parse_args(argv=None):
     except ValueError as e:
         fail(e)
     if args.lr is None:
-        guesses = {"adamw": 3e-3, "sgd": 0.1, "muon": rule_of_thumb(count_parameters(config)["total"])}
-        args.lr = guesses[args.optimizer]
+        guess = first_guess(args.optimizer, args.d_model)
+        args.lr = FOUND.get((preset, args.optimizer, args.d_model), guess)
     return args, config
 
-# --------------------------------------------------------------------------------------------------
-# The hardware
+# The hardware -------------------------------------------------------------------------------------
 
 def torchrun_place():
     """(rank, world, local_rank) from the environment that torchrun sets; (0, 1, 0) without it."""
@@ -240,8 +242,7 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)     # M_MMAP_MAX
         libc.mallopt(-1, -1)    # M_TRIM_THRESHOLD: never
 
-# --------------------------------------------------------------------------------------------------
-# One step, and one evaluation
+# One step, and one evaluation ---------------------------------------------------------------------
 
 def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
@@ -330,8 +331,7 @@ def evaluate(model, x, y, batch_size, bytes_per_token):
 def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
     """Top eigenvalue of the Hessian H of the cross-entropy of x, y (B, T), in float32; with AdamW also of
     P^-1/2 H P^-1/2 -> cells of metrics.csv. Changes only vectors {column: where the next one starts}."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    params = [p for group in groups for p in group["params"]]
+    params = [p for optimizer in optimizers for p in optimizer.params]
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")       # no TF32
     plain = copy.copy(model).eval()                     # the same weights, no dropout
@@ -347,8 +347,9 @@ def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
     if args.optimizer == "adamw":
         clip = ((args.grad_clip or math.inf) / gradient.norm()).clamp(max=1)
         clipped = [g.detach() * clip for g in grads]
-        vs = [v for group in groups for v in group["vs"]]
-        P = adamw_preconditioner(clipped, vs, groups[0]["step"], groups[0]["betas"], groups[0]["eps"])
+        vs = [v for optimizer in optimizers for v in optimizer.state["vs"]]
+        betas, eps = optimizers[0].settings["betas"], optimizers[0].settings["eps"]
+        P = adamw_preconditioner(clipped, vs, optimizers[0].state["step"], betas, eps)
         scales["preconditioned_sharpness"] = flat(P) ** -0.5
     cells = {"stability_threshold": stability_threshold(args.optimizer, lr, args.momentum, args.beta1)}
     for column, scale in scales.items():
@@ -362,8 +363,7 @@ def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
     torch.set_float32_matmul_precision(precision)
     return cells
 
-# --------------------------------------------------------------------------------------------------
-# The folder of a run
+# The folder of a run ------------------------------------------------------------------------------
 
 def write(path, value):
     """A checkpoint, or a .json file; JSON has no nan: what is not finite becomes null."""
@@ -417,8 +417,7 @@ def read_folder(out, args, meta, device):
                  f"{now!s:.80}; repeat what it began with, or choose another --out")
     return saved, started
 
-# --------------------------------------------------------------------------------------------------
-# The run
+# The run ------------------------------------------------------------------------------------------
 
 def build(args, config, device, dtype, n_tokens):
     """The model, its optimizers, the schedule, step(x, y), and what compiled it."""

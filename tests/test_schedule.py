@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from schedule import SCHEDULES, Plateau, make_schedule, rule_of_thumb
+from schedule import SCHEDULES, Plateau, first_guess, make_schedule
 
 # Warm-up is 20% of the steps, 0 to 20; then progress = (step - 21) / 83.
 HAND = {  # name: {step: factor}, max_steps 105, warmup_ratio 0.2, min_lr_ratio 0.1
@@ -93,6 +93,7 @@ def test_bad_settings_are_refused(bad):
         make_schedule(*bad)
 
 
-def test_rule_of_thumb():
-    assert rule_of_thumb(79e6) == pytest.approx(0.065)
-    assert rule_of_thumb(79e6 / 4) == pytest.approx(0.0325)
+def test_first_guess():
+    assert first_guess("muon", 1024) == pytest.approx(0.02)
+    assert first_guess("adamw", 512) == pytest.approx(0.0009765625)
+    assert first_guess("muon", 256) == pytest.approx(2 * first_guess("muon", 1024))

@@ -468,10 +468,10 @@ def test_one_step_and_one_log_row_are_enough():
     assert run("few", "--log-interval", "15")[1]["status"] in ("converged", "slow")
 
 
-def test_muons_first_guess_follows_the_size():
+def test_muons_first_guess_follows_the_width():
     def guess(*flags):
         return train.parse_args(flags)[0].lr
     small, large = [guess("--optimizer", "muon", "--d-model", size) for size in ("128", "256")]
-    assert 1.5 < large / small < 2
+    assert small / large == pytest.approx(2 ** 0.5)
     assert guess("--optimizer", "muon", "--lr", "0.5") == 0.5
     assert guess("--preset", "moe") == 0.065
