@@ -152,12 +152,6 @@ LABELS = {"train_loss": "training loss (nats a token)", "val_loss": "validation 
 DETAILS = ("val_loss", "val_accuracy", "val_perplexity", "max_grad_norm", "accuracy_per_minute", "status")
 LOG = ("lr", "grad_norm", "max_grad_norm", "sharpness", "sharpness_ratio", "final_train_loss")
 
-def rate(lr):
-    """A rate as people write it: 3e-4, 2.1e-3, 0.065."""
-    if 0.01 <= lr < 1000:
-        return f"{lr:.3g}"
-    return np.format_float_scientific(lr, precision=2, trim="-", exp_digits=1).replace("+", "")
-
 def looks(runs):
     """{(setting, lr): (x on an axis of rates, style)}: colour tells the rate, kind of line the setting."""
     from matplotlib import colormaps
@@ -173,8 +167,8 @@ def looks(runs):
             shade = i / len(settings)
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in sorted(set(statuses)))
         style = dict(color=colormaps["viridis"](shade), linestyle=("-", "--", ":", "-.")[i % 4],
-                     label=f"{rate(lr)} {setting} ({counts})".replace("  ", " "))
-        look[setting, lr] = (lr * 1.04 ** i, style)
+                     label=f"{lr:g} {setting} ({counts})".replace("  ", " "))
+        look[setting, lr] = (lr * 1.01 ** i, style)
     return look
 
 def figure(columns, height=5.5):
@@ -289,13 +283,14 @@ def draw_rates(look, rows, columns):
     rates = sorted({lr for _, lr in look})
     for ax, column in zip(fig.axes, columns):
         ax.set(xscale="log", xlabel="peak learning rate (x: diverged)")
-        ax.set_xticks(rates, map(rate, rates), rotation=90, fontsize=8)
+        ax.set_xticks(rates, [f"{lr:g}" for lr in rates], rotation=90, fontsize=8)
         ax.xaxis.minorticks_off()
         if column == "status":
             ax.yaxis.update_units(STATUSES)     # an axis of names, in this order
         ends = {}   # of the line of each setting
         for row in rows:
             x, style = look[row["setting"], row["lr"]]
+            style = style | dict(label=None if row["setting"] in ends else row["setting"])
             end = (x, row[column])  # None is not drawn
             ax.plot(*zip(ends.get(row["setting"], end), end), marker="o", markevery=[1], linewidth=1, **style)
             ends[row["setting"]] = end
@@ -318,12 +313,12 @@ def draw_losses(runs, look, rows, insights):
         blue = dict(color=COLOURS["best"], zorder=0)
         left, right = ax.get_xlim()     # the optimum may lie beyond the rates tried
         ax.axvspan(use["low"] or left, use["high"] or right, alpha=0.12, label="holds the optimum", **blue)
-        ax.axvline(use["lr"], label=f"use {rate(use['lr'])} {use['setting']}", **blue)
+        ax.axvline(use["lr"], label=f"use {use['lr']:g} {use['setting']}", **blue)
         edges = {s["label"]: s["edge"] or {} for s in insights["settings"]}
         for status, line in zip(EDGE, (":", "--")):
             first = edges[use["setting"]].get(status)
             if first:
-                label = f"first {status}: {rate(first['lr'])}"
+                label = f"first {status}: {first['lr']:g}"
                 ax.axvline(first["lr"], color=COLOURS[status], linestyle=line, zorder=0, label=label)
     return fig
 

@@ -298,11 +298,6 @@ def test_a_rate_has_one_colour_in_the_order_of_the_rates():
     assert (np.diff(grey) > 0).all()   # survives a grey print
 
 
-@pytest.mark.parametrize("lr,text", [(3e-4, "3e-4"), (2.1e-3, "2.1e-3"), (0.065, "0.065"), (1, "1")])
-def test_rates_are_written_as_people_do(lr, text):
-    assert plot.rate(lr) == text
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The program
 
