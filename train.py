@@ -5,14 +5,12 @@ Train one model at one learning rate, and write down everything that happened.
     python train.py --preset dense-low --lr 3e-3         # any flag overrides what the preset says
     torchrun --nproc_per_node 2 train.py --preset dense  # each device takes a slice of every batch
 
-The loop is at the bottom, written out in order: evaluate, save, stop, take a batch, step, log. A step is
-always an optimizer step: --batch-size counts all sequences of one, on all devices together, and --grad-accum
-only says in how many pieces they are computed.
+The loop is at the bottom: evaluate, save, stop, take a batch, step, log. A step is always an optimizer step:
+--batch-size counts the sequences of one, on all devices; --grad-accum only says in how many pieces they come.
 
-A run is a folder (--out) with config.json (all it takes to repeat it), metrics.csv (a row a log step, a row
-an evaluation), summary.json, training.log, pictures and checkpoints/{last,best}.pt. Batches and dropout are
-functions of (seed, step), so a resumed run needs no generator state and ends with the same numbers as one
-left alone.
+A run is a folder (--out): config.json (all it takes to repeat it), metrics.csv (a row a log step, a row an
+evaluation), summary.json, training.log, pictures, checkpoints/{last,best}.pt. Batches and dropout follow
+from (seed, step), so a resumed run needs no generator state and ends with the same numbers as one left alone.
 """
 import os
 import signal
@@ -35,6 +33,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +42,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import attention
 from torch.utils._pytree import tree_map_only
 
 import data
@@ -61,11 +60,8 @@ RECIPES = {
     "moe": dict(data="cosmopedia", optimizer="muon", warmup_ratio=0.02, min_lr_ratio=0.2, batch_size=16,
                 max_steps=100, eval_tokens=32_768),
 }
-FOUND = {   # preset, optimizer, d_model: best peak rate (results/README.md); for others first_guess
-    ("dense", "adamw", 512): 3e-3, ("dense-low", "adamw", 512): 1.3e-3, ("dense-low", "muon", 512): 0.01,
-    ("moe", "muon", 384): 0.065,
-}
-SHARPNESS_BATCH = 16    # sequences on which --sharpness measures; with --full-batch, all of them
+FOUND = {("dense", "adamw", 512): 3e-3, ("dense-low", "adamw", 512): 1.3e-3,    # preset, optimizer, d_model:
+         ("dense-low", "muon", 512): 0.01, ("moe", "muon", 384): 0.065}         # best (results/README.md)
 FREE = ("out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval")  # change no number
 CODE = ("model.py", "optim.py", "schedule.py", "data.py", "train.py")       # what a loss depends on
 
@@ -75,24 +71,23 @@ def fail(message):
     sys.exit(2)
 
 def within(kind, low, high):
-    """An argparse type: a number of that kind in [low, high]."""
+    """How argparse reads a flag: as a number of that kind in [low, high]."""
     def number(text):
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text:.40} is not a number from {low:g} to {high:g}")
-    return number
+    return dict(type=number)
 
-COUNT = within(int, 1, 1e9)
-AUTO = within(int, 0, 1e9)
-RATE = within(float, 1e-30, 1e30)
-SIZE = within(float, 0, 1e30)
-BELOW_ONE = within(float, 0, 0.9999999)
-FLAGS = {   # flag: type or choices, default (None: the preset's, unless the help says more), help
-    "data": (str, None, "stdlib, tinystories, cosmopedia, or the path of a text file or folder"),
+TEXT, SWITCH = dict(type=str), dict(action="store_true")
+COUNT, AUTO = within(int, 1, 1e9), within(int, 0, 1e9)
+RATE, SIZE = within(float, 1e-30, 1e30), within(float, 0, 1e30)
+SHARE, BELOW_ONE = within(float, 0, 1), within(float, 0, 0.9999999)
+FLAGS = {   # flag: how to read it, default (None: the preset's, unless the help says more), help
+    "data": (TEXT, None, "stdlib, tinystories, cosmopedia, or the path of a text file or folder"),
     "data-tokens": (AUTO, 0, "tokens of text to fetch; 0: as many as the run reads"),
-    "device": (str, "auto", "auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu"),
-    "dtype": (["auto", "bfloat16", "float32"], "auto", "auto: bfloat16 where the hardware has it"),
-    "optimizer": (["adamw", "muon", "sgd"], "adamw", "muon: for hidden matrices, adamw for the rest"),
+    "device": (TEXT, "auto", "auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu"),
+    "dtype": (dict(choices=["auto", "bfloat16", "float32"]), "auto", "auto: bfloat16 if the hardware has it"),
+    "optimizer": (dict(choices=["adamw", "muon", "sgd"]), "adamw", "muon: for matrices, adamw for the rest"),
     "lr": (RATE, None, "peak learning rate; None: the best found for the preset, or a first guess"),
     "adamw-lr-ratio": (RATE, 0.1, "with muon: adamw's rate as a share of it"),
     "weight-decay": (SIZE, 0.1, "a step, times the rate"),
@@ -101,9 +96,9 @@ FLAGS = {   # flag: type or choices, default (None: the preset's, unless the hel
     "momentum": (BELOW_ONE, 0.95, "of muon and sgd; sgd with 0 is gradient descent"),
     "grad-clip": (SIZE, 1.0, "largest gradient norm; 0: no clipping"),
     "balance-weight": (SIZE, 0.01, "with experts: weight of the load-balancing loss"),
-    "schedule": (SCHEDULES, "cosine", "what follows the warm-up"),
-    "warmup-ratio": (within(float, 0, 1), 0.1, "share of the steps"),
-    "min-lr-ratio": (within(float, 0, 1), 0.1, "share of the peak rate"),
+    "schedule": (dict(choices=SCHEDULES), "cosine", "what follows the warm-up"),
+    "warmup-ratio": (SHARE, 0.1, "share of the steps"),
+    "min-lr-ratio": (SHARE, 0.1, "share of the peak rate"),
     "batch-size": (COUNT, None, "sequences an optimizer step, on all devices together"),
     "grad-accum": (COUNT, 1, "pieces to compute each device's share in: less memory, the same gradients"),
     "max-steps": (COUNT, None, "optimizer steps"),
@@ -113,51 +108,40 @@ FLAGS = {   # flag: type or choices, default (None: the preset's, unless the hel
     "log-interval": (AUTO, 0, "steps; 0: a hundredth of the run"),
     "sharpness": (AUTO, 0, "steps between measurements of the Hessian's top eigenvalue; 0: none"),
     "checkpoint-interval": (AUTO, 0, "steps; 0: a tenth of the run, but no sooner than after 10 s"),
-    "out": (str, None, "the run's folder; None: one in runs/single"),
+    "out": (TEXT, None, "the run's folder; None: one in runs/single"),
     "sample": (AUTO, 64, "tokens of text to generate in the end"),
     "n-experts": (AUTO, None, "0: dense"),
     "dropout": (BELOW_ONE, None, "share of activations"),
+    "full-batch": (SWITCH, False, "the same batch at every step"),
+    "resume": (SWITCH, False, "go on with the run in --out, if there is one"),
+    "no-plot": (SWITCH, False, "draw no pictures"),
+    "dry-run": (SWITCH, False, "check the flags, print how many tokens the run would read, and stop"),
+    "prepare": (SWITCH, False, "check the flags, prepare the data, and stop"),
+    "compile": (dict(action=argparse.BooleanOptionalAction), None, "None: on CUDA; on a CPU for long runs"),
 }
 for flag in ("context-length", "vocab-size", "n-layers", "n-heads", "d-model", "d-ff", "top-k"):
     FLAGS[flag] = (COUNT, None, "of the model")
-SWITCHES = {
-    "full-batch": "the same batch at every step",
-    "resume": "go on with the run in --out, if there is one",
-    "no-plot": "draw no pictures",
-    "dry-run": "check the flags, print how many tokens the run would read, and stop",
-    "prepare": "check the flags, prepare the data, and stop",
-}
 
 def parse_args(argv=None):
     """Command line -> (args, ModelConfig). Defaults are the preset's, which is therefore read first."""
-    first = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False)
-    first.error = fail
-    first.add_argument("--preset", default="tiny", choices=PRESETS, help="of model, data and budget")
-    preset = first.parse_known_args(argv)[0].preset
-    p = argparse.ArgumentParser("train.py", description=__doc__.split("\n\n")[0], parents=[first],
+    p = argparse.ArgumentParser("train.py", description=__doc__.split("\n\n")[0], add_help=False,
                                 allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = fail
-    for flag, (kind, default, text) in FLAGS.items():
-        how = "choices" if isinstance(kind, list) else "type"
-        p.add_argument(f"--{flag}", default=default, help=text, **{how: kind})
-    for flag, text in SWITCHES.items():
-        p.add_argument(f"--{flag}", action="store_true", help=text)
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                   help="torch.compile; None: on CUDA, and on a CPU for runs long enough to earn it back")
+    p.add_argument("--preset", default="tiny", choices=PRESETS, help="of model, data and budget")
+    preset = p.parse_known_args(argv)[0].preset
+    p.add_argument("-h", "--help", action="help", help="show these flags, with the preset's defaults")
+    for flag, (how, default, text) in FLAGS.items():
+        p.add_argument(f"--{flag}", default=default, help=text, **how)
     p.set_defaults(**asdict(PRESETS[preset]), **RECIPES[preset])
     args = p.parse_args(argv)
-
-    if args.out == "":
-        fail("--out '' is no folder; leave it out for a default one")
     args.eval_interval = args.eval_interval or max(1, args.max_steps // 10)
     args.log_interval = args.log_interval or max(1, args.max_steps // 100)
     try:
         config = ModelConfig(**{key: getattr(args, key) for key in asdict(PRESETS[preset])})
     except ValueError as e:
         fail(e)
-    if args.lr is None:
-        guess = first_guess(args.optimizer, args.d_model)
-        args.lr = FOUND.get((preset, args.optimizer, args.d_model), guess)
+    method = args.optimizer, args.d_model
+    args.lr = args.lr or FOUND.get((preset, *method)) or first_guess(*method)
     return args, config
 
 # The hardware -------------------------------------------------------------------------------------
@@ -174,44 +158,39 @@ def torchrun_place():
 
 def pick_device(name, local_rank=0):
     """A torch.device that is really there; `auto` takes cuda, then mps, then cpu."""
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "auto":
-        name = next(kind for kind in counts if counts[kind])
+        name = there[0].removesuffix(":0")
     if name == "cuda":
         name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-        if (device.index or 0) < counts.get(device.type, 0):
-            return device
-    except RuntimeError:    # no such kind
-        pass
-    fail(f"device {name!r} is not available here; use --device cpu")
+    if name not in there:
+        fail(f"device {name!r} is not available here; use --device cpu")
+    return torch.device(name)
 
 def pick_dtype(name, device):
     """bfloat16 where the hardware has it, else float32 (float16 is 100 times slower on a CPU)."""
     if name != "auto":
         return getattr(torch, name)
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 def pick_compile(wanted, device, config, tokens):
     """The torch.compile backend, or None. On 2 CPU cores it costs 40 s: worth it from about 5 minutes."""
-    if wanted is False or (device.type == "mps" and not wanted):
+    if wanted is False:
         return None
     if device.type == "mps":
-        return "aot_eager"
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0):
-            return "inductor"
-        print("no Triton for this GPU: training without torch.compile, which is slower", file=sys.stderr)
-        return None
-    flops = 6 * count_parameters(config)["total"] * tokens
-    long_run = flops > 1.5e14 and not config.n_experts      # 5 minutes at 500 GFLOP/s
-    return "inductor" if wanted or long_run else None
+        return "aot_eager" if wanted else None
+    if device.type == "cpu":
+        flops = 6 * count_parameters(config)["total"] * tokens
+        long_run = flops > 1.5e14 and not config.n_experts      # 5 minutes at 500 GFLOP/s
+        return "inductor" if wanted or long_run else None
+    if importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0):
+        return "inductor"
+    print("no Triton for this GPU: training without torch.compile, which is slower", file=sys.stderr)
+    return None
 
 def can_record(device, dtype, config, backend):
     """A CUDA graph holds no wait for the host (so experts need grouped_mm) and no new random numbers."""
@@ -231,12 +210,10 @@ def check_size(args, config, world):
     if hasattr(os, "sysconf"):      # Windows has none
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         if gib > there:
-            fail(f"this needs over {gib:,.0f} GiB of memory, of {there:,.0f}; lower --batch-size, "
-                 "--context-length, --d-model, --d-ff, --n-layers, --n-experts or --vocab-size")
+            fail(f"needs over {gib:,.0f} GiB of memory, of {there:,.0f}; lower --batch-size or a model size")
 
 def keep_freed_memory():
-    """Tell glibc to keep large freed blocks, not to have them mapped and zeroed anew by the system at every
-    step: that was 5% of a dense step and 40% of a moe step on 2 cores."""
+    """glibc would have it zeroed anew at every step: 5% of a dense step on 2 cores, 40% of a moe step."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)     # M_MMAP_MAX
@@ -250,7 +227,6 @@ def flat(tensors):
 def make_step(losses, optimizers, model, args):
     """step(x, y) -> (2 + router records,) float32: cross-entropy, norm of the gradient before clipping, what
     the routers did; x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for a GPU."""
-    params = list(model.parameters())
     world = dist.get_world_size() if dist.is_initialized() else 1
 
     def step(x, y):
@@ -264,7 +240,7 @@ def make_step(losses, optimizers, model, args):
                 loss = loss + args.balance_weight * router[:, 0].sum()
             (loss * share).backward()
             record = record + flat(parts).detach() * share
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in model.parameters()]
         if world > 1:
             all_reduce([*grads, record])
 
@@ -285,11 +261,6 @@ def all_reduce(tensors):
     dist.all_reduce(message)
     for t, total in zip(tensors, message.split([t.numel() for t in tensors])):
         t.copy_(total.view_as(t))
-
-def any_process(flag, device):
-    total = torch.tensor(float(flag), device=device)
-    dist.all_reduce(total)
-    return total.item() > 0
 
 def graphed(step):
     """The same step as one CUDA graph: the hundreds of small kernels of a small model follow each other
@@ -321,8 +292,7 @@ def evaluate(model, x, y, batch_size, bytes_per_token):
     total = 0.0
     for xb, yb in zip(x.split(batch_size), y.split(batch_size)):
         logits, loss = model(xb, yb)
-        right = (logits.argmax(-1) == yb).sum()
-        total = total + torch.stack((loss * yb.numel(), right))
+        total = total + torch.stack((loss * yb.numel(), (logits.argmax(-1) == yb).sum()))
     model.train()
     loss, accuracy = (total / y.numel()).tolist()
     return dict(val_loss=loss, val_accuracy=accuracy, val_perplexity=math.exp(min(loss, 700)),
@@ -337,9 +307,8 @@ def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
     plain = copy.copy(model).eval()                     # the same weights, no dropout
     plain.dtype = torch.float32
     # forward() has second derivatives, HeadLoss none; of a GPU's attention kernels only MATH has.
-    with sdpa_kernel(SDPBackend.MATH):
-        _, loss = plain(x, y)
-        grads = torch.autograd.grad(loss, params, create_graph=True)
+    with attention.sdpa_kernel(attention.SDPBackend.MATH):
+        grads = torch.autograd.grad(plain(x, y)[1], params, create_graph=True)
     slope = flat(grads)
     gradient = slope.detach()
 
@@ -375,66 +344,43 @@ def write(path, value):
         torch.save(value, buffer)
         data.write_aside(path, buffer.getvalue())
 
-def read_checkpoint(path, device):
-    """The checkpoint, or None where none can be used. It is a zip with a checksum for each tensor."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("wrong checksum")
-        saved = torch.load(path, map_location=device, weights_only=True)
-        saved["started"]["resumes"]                     # an older version's has none
-        return saved
-    except FileNotFoundError:
-        return None
-    except Exception as e:      # torch, pickle and zipfile raise a dozen kinds for a damaged file
-        print(f"{path} is damaged ({type(e).__name__}) and is not used", file=sys.stderr)
-        return None
-
 def provenance(device):
     """What made the numbers: versions, the files that a loss depends on, the commit ("-dirty": changed)."""
     folder = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
-    except OSError:     # no git here
-        commit = None
+    commit = None
+    with suppress(OSError):     # no git here
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip() or None
     name = f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     code = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in CODE}
-    return dict(versions=versions, code=code, git_commit=commit or None, device=str(device), device_name=name)
+    return dict(versions=versions, code=code, git_commit=commit, device=str(device), device_name=name)
 
 def read_folder(out, args, meta, device):
     """The checkpoint, or None, and config.json of a run that goes on with the same settings and text."""
-    saved = read_checkpoint(out / "checkpoints/last.pt", device)
-    started = saved["started"] if saved else plot.read_json(out / "config.json") or {}
+    saved, started = None, plot.read_json(out / "config.json") or {}
+    path = out / "checkpoints/last.pt"
+    try:
+        with zipfile.ZipFile(path) as archive:          # with a checksum for each tensor
+            if archive.testzip():
+                raise ValueError("wrong checksum")
+        found = torch.load(path, map_location=device, weights_only=True)
+        found["started"]["resumes"]                     # an older version's has none
+        saved, started = found, found["started"]
+    except FileNotFoundError:
+        pass
+    except Exception as e:      # torch, pickle and zipfile raise a dozen kinds for a damaged file
+        print(f"{path} is damaged ({type(e).__name__}) and is not used", file=sys.stderr)
     before = started.get("args", {}) | started.get("data", {})
     for key, now in (vars(args) | meta).items():
         if before and key not in FREE and before.get(key) != now:
-            name = key.replace("_", "-")
-            fail(f"{out} began with other settings or another text: --{name} was {before.get(key)!s:.80}, is "
-                 f"{now!s:.80}; repeat what it began with, or choose another --out")
+            was = f"--{key.replace('_', '-')} was {before.get(key)!s:.80}, is {now!s:.80}"
+            fail(f"{out} began with other settings or another text: {was}; repeat them, or change --out")
     return saved, started
 
 # The run ------------------------------------------------------------------------------------------
-
-def build(args, config, device, dtype, n_tokens):
-    """The model, its optimizers, the schedule, step(x, y), and what compiled it."""
-    model = Transformer(config, dtype).to(device)
-    optimizers = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, (args.beta1, args.beta2),
-                                 args.momentum, args.adamw_lr_ratio)
-    schedule = make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
-    backend = pick_compile(args.compile, device, config, n_tokens)
-    losses = model.losses
-    if backend:
-        losses = torch.compile(losses, backend=backend)
-        for optimizer in optimizers:
-            optimizer.compile(backend=backend)
-    step = make_step(losses, optimizers, model, args)
-    if can_record(device, dtype, config, backend):
-        step = graphed(step)
-    return model, optimizers, schedule, step, backend
 
 def run(args, config):
     rank, world, local_rank = torchrun_place()
@@ -446,22 +392,19 @@ def run(args, config):
     if args.dry_run:
         print(n_tokens)
         return 0
-    name = f"{args.preset}-lr{args.lr:g}-s{args.seed}-{time.strftime('%m%d-%H%M%S')}"
-    out = Path(args.out or f"runs/single/{name}")
-    if args.resume and not args.out:
-        fail("--resume needs --out, the folder of the run to go on with")
+    if not args.out and (args.resume or args.out == ""):
+        fail("--out needs a folder; with --resume, that of the run to go on with")
+    out = Path(args.out or time.strftime(f"runs/single/{args.preset}-lr{args.lr:g}-s{args.seed}-%m%d-%H%M%S"))
     if not args.resume and (out / "summary.json").exists():
         fail(f"{out} already holds a run; add --resume to continue it, or choose another --out")
 
     # Data: one process prepares it, the others wait for it.
     corpus = data.load(args.data, config.vocab_size, n_tokens)
-
-    def get_batch(n, step):         # x, y: (n, T)
-        return data.get_batch(corpus.train, n, config.context_length, args.seed, step)
+    def get_batch(n, step):         # x and y: (2, n, T)
+        return torch.stack(data.get_batch(corpus.train, n, config.context_length, args.seed, step))
     get_batch(1, 0)                 # is the text long enough?
-    windows = data.val_windows(corpus.val, config.context_length, args.eval_tokens)
+    windows = torch.stack(data.val_windows(corpus.val, config.context_length, args.eval_tokens))
     bytes_per_token = float(corpus.token_bytes[windows[1].numpy()].mean())
-    val_x, val_y = torch.stack(windows).to(device)
 
     # What is in the folder: a checkpoint mends whatever else is damaged; without one a run begins anew.
     saved, started = None, {}
@@ -474,7 +417,7 @@ def run(args, config):
     if args.prepare:
         return 0
 
-    # Model, and its state: fresh, or the checkpoint's.
+    # The model, its optimizers and the schedule; compiled, and on a GPU one graph, where that pays.
     keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -484,66 +427,75 @@ def run(args, config):
         dist.barrier()                                  # all have read the folder before one writes
     torch.manual_seed(args.seed)                        # weights are drawn on the CPU: alike on every device
     config = replace(config, vocab_size=corpus.tokenizer.vocab_size)
-    model, optimizers, schedule, train_step, backend = build(args, config, device, dtype, n_tokens)
+    counts = count_parameters(config)
+    model = Transformer(config, dtype).to(device)
+    optimizers = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, (args.beta1, args.beta2),
+                                 args.momentum, args.adamw_lr_ratio)
+    schedule = make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
+    losses = model.losses
+    backend = pick_compile(args.compile, device, config, n_tokens)
+    if backend:
+        losses = torch.compile(losses, backend=backend)
+        for optimizer in optimizers:
+            optimizer.compile(backend=backend)
+    train_step = make_step(losses, optimizers, model, args)
+    if can_record(device, dtype, config, backend):
+        train_step = graphed(train_step)
+
+    # The state between steps: fresh, or the checkpoint's.
     state = SimpleNamespace(step=0, elapsed=0.0, running=0.0, history=[], diverged=False, eigenvectors={},
                             max_grad_norm=torch.zeros((), device=device), results={"best_val_loss": math.inf})
     if saved:
-        model.load_state_dict(saved["model"])
-        for optimizer, optimizer_state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(optimizer_state)
-        vars(schedule).update(saved["schedule"])        # plateau has attributes, the others have none
         state = SimpleNamespace(**saved["state"])
+        model.load_state_dict(saved["model"])
+        vars(schedule).update(saved["schedule"])        # plateau has attributes, the others have none
+        for optimizer, kept in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(kept)
     start = step = state.step
     began = time.perf_counter() - state.elapsed
 
     # What is written down, by the first process alone.
-    columns = ["step", "tokens", "elapsed", "lr", "train_loss", "grad_norm", "tokens_per_sec",
-               "val_loss", "val_accuracy", "val_perplexity", "val_bpb"]
     router_columns = []
     for i in range(config.n_layers if config.n_experts else 0):
-        shares = [f"share_L{i}_E{j}" for j in range(config.n_experts)]
-        router_columns += [f"balance_loss_L{i}", f"router_entropy_L{i}", *shares]
-    columns += router_columns
+        router_columns += [f"balance_loss_L{i}", f"router_entropy_L{i}"]
+        router_columns += [f"share_L{i}_E{j}" for j in range(config.n_experts)]
+    columns = ["step", "tokens", "elapsed", "lr", "train_loss", "grad_norm", "tokens_per_sec", "val_loss",
+               "val_accuracy", "val_perplexity", "val_bpb", *router_columns]
     if args.sharpness:
         columns += ["sharpness", "preconditioned_sharpness", "stability_threshold", "sharpness_tolerance"]
-    counts = count_parameters(config)
-    master = rank == 0
-    if master:
+    if rank == 0:
         owner = data.lock(out)
+        made_by = provenance(device)
         if saved:
-            started["resumes"].append(dict(step=start, **provenance(device)))
+            started["resumes"].append(dict(step=start, **made_by))
         else:
             started = dict(args=vars(args), model=asdict(config), n_params=counts["total"], data=corpus.meta,
-                           dtype=str(dtype)[6:], devices=world, compile=backend, resumes=[],
-                           **provenance(device))
+                           dtype=str(dtype)[6:], devices=world, compile=backend, resumes=[], **made_by)
         write(out / "config.json", started)
         write(out / "summary.json", dict(status="running", steps=start, max_steps=args.max_steps))
         log_file = (out / "training.log").open("a", errors="backslashreplace", buffering=1)
-        metrics_path = out / "metrics.csv"
-        metrics_file = metrics_path.open("w", newline="", buffering=1)      # each row reaches the disk
+        metrics_file = (out / "metrics.csv").open("w", newline="", buffering=1)    # each row reaches the disk
         metrics_file.write(saved["metrics"] if saved else ",".join(columns) + "\r\n")
         writer = csv.DictWriter(metrics_file, columns)
 
-    def say(line):
-        if master:
-            print(line, flush=True)
-            log_file.write(line + "\n")
+    def say(line, **cells):     # on the console and in training.log; cells become a row of metrics.csv
+        if rank > 0:
+            return
+        if cells:
+            cells.update(step=step, tokens=step * tokens_per_step, elapsed=time.perf_counter() - began)
+            writer.writerow(cells)
+            line = f"step {step}/{args.max_steps} | {line}"
+        print(line, flush=True)
+        log_file.write(line + "\n")
 
-    def report(line, **cells):      # on the console, and as a row of metrics.csv
-        if master:
-            elapsed = time.perf_counter() - began
-            writer.writerow(dict(cells, step=step, tokens=step * tokens_per_step, elapsed=elapsed))
-        say(f"step {step}/{args.max_steps} | {line}")
-
-    saver, pending = ThreadPoolExecutor(1), []      # writes while the next steps run
+    stop, pending = [], []                          # signals that came; a checkpoint that is being written
+    saver = ThreadPoolExecutor(1)                   # ... while the next steps run
 
     def save(name, **value):
         value = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), value)
         while pending:
             pending.pop().result()                  # raises what went wrong with the last one
         pending.append(saver.submit(write, out / "checkpoints" / name, value))
-
-    stop = []
 
     def on_signal(number, frame):   # once: finish the step and save; twice, or before any step: now
         if stop or step == start:
@@ -566,13 +518,13 @@ def run(args, config):
 
         # Evaluate: always the same windows, before the step that follows.
         if step > start and (step % args.eval_interval == 0 or last):
-            val = evaluate(model, val_x, val_y, min(args.batch_size, 32), bytes_per_token)
+            val = evaluate(model, *windows.to(device), min(args.batch_size, 32), bytes_per_token)
             loss, accuracy, _, bpb = val.values()
-            report(f"val loss {loss:.4f} | accuracy {accuracy:.2%} | {bpb:.4f} bits a byte", **val)
+            say(f"val loss {loss:.4f} | accuracy {accuracy:.2%} | {bpb:.4f} bits a byte", **val)
             state.results.update({f"final_{key}": value for key, value in val.items()})
             if loss < state.results["best_val_loss"]:
                 state.results.update(best_val_loss=loss, best_val_step=step, best_val_accuracy=accuracy)
-                if master:
+                if rank == 0:
                     save("best.pt", model=model.state_dict(), config=asdict(config), step=step, **val)
             if args.schedule == "plateau":
                 schedule.observe(loss)
@@ -580,37 +532,38 @@ def run(args, config):
             last = last or state.diverged
 
         # Stop? A signal may reach processes at different steps, so they agree at the log steps.
-        stopped = bool(stop) and not last
-        if world > 1:
-            stopped = step % args.log_interval == 0 and any_process(stopped, device)
+        stopped = bool(stop) and not last and (world == 1 or step % args.log_interval == 0)
+        if world > 1 and step % args.log_interval == 0:
+            votes = torch.tensor(float(stopped), device=device)
+            all_reduce([votes])
+            stopped = votes.item() > 0
 
         # Save everything that the next step depends on, and the rows written so far.
         due = step > start and step % (args.checkpoint_interval or max(1, args.max_steps // 10)) == 0
-        if not args.checkpoint_interval:                # then not so often that it takes the time of a run
-            due = due and time.perf_counter() - saved_at > 10
-        if master and (due or last or stopped):
+        due = due and (args.checkpoint_interval or time.perf_counter() - saved_at > 10)     # it takes time
+        if rank == 0 and (due or last or stopped):
             saved_at = time.perf_counter()
             state.step, state.elapsed = step, saved_at - began
             save("last.pt", model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                  schedule=vars(schedule), state=vars(state), config=asdict(config), started=started,
-                 metrics=metrics_path.read_bytes().decode())
+                 metrics=(out / "metrics.csv").read_bytes().decode())
         if last or stopped:
             break
 
-        # Measure the sharpness that this step meets, always on the same sequences.
+        # Measure the sharpness that this step meets, always on the same 16 sequences, or the full batch.
         factor = schedule(step)
+        lr = args.lr * factor
         if args.sharpness and step % args.sharpness == 0:
-            n = args.batch_size if args.full_batch else min(args.batch_size, SHARPNESS_BATCH)
-            x, y = torch.stack(get_batch(n, 0)).to(device)
-            cells = measure_sharpness(model, optimizers, x, y, args, args.lr * factor, state.eigenvectors)
-            report(f"sharpness {cells['sharpness']:.4g}", **cells)
+            n = args.batch_size if args.full_batch else min(args.batch_size, 16)
+            xy = get_batch(n, 0).to(device)
+            cells = measure_sharpness(model, optimizers, *xy, args, lr, state.eigenvectors)
+            say(f"sharpness {cells['sharpness']:.4g}", **cells)
         timed_from += time.perf_counter() - paused
 
         # Take a batch: this process's slice of it, in grad_accum pieces.
-        xy = torch.stack(get_batch(args.batch_size, 0 if args.full_batch else step))   # (2, B, T)
+        xy = get_batch(args.batch_size, 0 if args.full_batch else step)      # (2, B, T)
         xy = xy.view(2, args.grad_accum, world, -1, config.context_length)[:, :, rank]
-        if device.type == "cuda":
-            xy = xy.pin_memory()
+        xy = xy.pin_memory() if device.type == "cuda" else xy
         if args.dropout:                                # a function of (seed, step, rank), too
             torch.manual_seed((args.seed * 1_000_003 + step * world + rank) % 2**63)
 
@@ -634,29 +587,26 @@ def run(args, config):
             speed = min(n_steps, step - start) * tokens_per_step / (now - timed_from)
             timed_from = now
             eta = timedelta(seconds=int((args.max_steps - step) * tokens_per_step / speed))
-            lr = args.lr * factor
-            report(f"loss {loss:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}", lr=lr, train_loss=loss,
-                   grad_norm=grad_norm, tokens_per_sec=speed, **dict(zip(router_columns, router)))
+            say(f"loss {loss:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}", lr=lr, train_loss=loss,
+                grad_norm=grad_norm, tokens_per_sec=speed, **dict(zip(router_columns, router)))
 
     # The end --------------------------------------------------------------------------------------
     for result in pending:
         result.result()
     for number, handler in handlers.items():            # from here on the first Ctrl-C ends it
         signal.signal(number, handler)
-    if master:
-        status = plot.classify(state.history)
-        if state.diverged:
-            status = "diverged"
+    if rank == 0:
+        status = "diverged" if state.diverged else plot.classify(state.history)
         if stopped:
             status = "interrupted"
         seconds = time.perf_counter() - began
         tokens = step * tokens_per_step
         write(out / "summary.json", dict(
-            status=status, steps=step, max_steps=args.max_steps, tokens=tokens, seconds=seconds,
-            tokens_per_sec=tokens / seconds, lr=args.lr, seed=args.seed, n_params=counts["total"],
+            status=status, steps=step, max_steps=args.max_steps, tokens=tokens, seconds=seconds, lr=args.lr,
+            tokens_per_sec=tokens / seconds, seed=args.seed, n_params=counts["total"],
             peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 or None,
-            diverged_at=step if status == "diverged" else None,
-            max_grad_norm=state.max_grad_norm.item(), **state.results))
+            diverged_at=step if status == "diverged" else None, max_grad_norm=state.max_grad_norm.item(),
+            **state.results))
         say(f"{status} at step {step}: {seconds:.0f} s, {tokens / seconds:,.0f} tok/s")
         if stopped:
             say(f"the same command with --out {out} --resume goes on from here")
@@ -664,16 +614,13 @@ def run(args, config):
             prompt = torch.tensor([[corpus.tokenizer.eot]], device=device)
             ids = model.eval().generate(prompt, args.sample, temperature=0.8, top_k=50)[0, 1:].tolist()
             say("sample: " + corpus.tokenizer.decode(ids))
-        metrics_file.close()
         if not args.no_plot:
             plot.draw_run(out)
         owner.close()
     if world > 1:
         del train_step                                  # NCCL waits for the graphs that hold its calls
         dist.destroy_process_group()
-    if stopped:                                         # in another process of a torchrun, perhaps
-        return 128 + (stop or [signal.SIGINT])[0]
-    return 0
+    return 128 + (stop or [signal.SIGINT])[0] if stopped else 0     # perhaps another process got the signal
 
 def main(argv=None):
     try:
@@ -689,7 +636,6 @@ def main(argv=None):
         fail(f"cannot use {e.filename or 'the disk'}: {e.strerror or e}; make room, or choose another --out")
 
 if __name__ == "__main__":
-    if sys.stdout is None:                              # closed by whoever started this
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(os.devnull, "w")    # None: closed by whoever started this
     sys.stdout.reconfigure(errors="backslashreplace")   # a sample may hold what the terminal cannot show
     sys.exit(main())
