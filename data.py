@@ -456,20 +456,24 @@ def write_aside(path, content):
 
 def lock(folder, wait=False):
     """Own a folder until the file that this returns is closed, or this process ends, however it ends. Another
-    owner is waited for (wait; 10 seconds on Windows), or named in a DataError."""
+    owner is waited for (wait), or named in a DataError."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "a+")
-    try:
-        if os.name == "nt":
-            import msvcrt
-            file.seek(1 << 30)  # a byte beyond the process's number, which stays readable
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise DataError(f"{folder} is in use by process {file.read()}: wait, or stop it") from None
+    while True:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                file.seek(1 << 30)  # a byte beyond the process's number, which stays readable
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            if not wait:
+                raise DataError(f"{folder} is in use by process {file.read()}: wait, or stop it") from None
+            time.sleep(0.1)
     file.truncate(0)
     print(os.getpid(), end="", file=file, flush=True)
     return file

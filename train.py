@@ -54,7 +54,7 @@ from schedule import SCHEDULES, first_guess, make_schedule
 # Settings -----------------------------------------------------------------------------------------
 
 RECIPES = {
-    "tiny": dict(data="stdlib", batch_size=32, max_steps=200, eval_tokens=32_768),
+    "tiny": dict(data="stdlib", warmup_ratio=0.3, batch_size=32, max_steps=200, eval_tokens=32_768),
     "dense": dict(data="tinystories", batch_size=128, max_steps=10_000, eval_tokens=131_072),
     "dense-low": dict(data="tinystories", batch_size=32, max_steps=5_000, eval_tokens=131_072),
     "moe": dict(data="cosmopedia", optimizer="muon", warmup_ratio=0.02, min_lr_ratio=0.2, batch_size=16,
@@ -199,7 +199,7 @@ def can_record(device, dtype, config, backend):
     hopper_or_blackwell = torch.cuda.get_device_capability(device)[0] in (9, 10)
     return not config.n_experts or (dtype == torch.bfloat16 and hopper_or_blackwell)
 
-def check_size(args, config, world):
+def check_size(args, config, device, world):
     """Refuse what the processes cannot share, or what no memory holds (a lower bound), before it is made."""
     if args.batch_size % (args.grad_accum * world):
         fail(f"--batch-size {args.batch_size} is no multiple of {world} x --grad-accum {args.grad_accum}")
@@ -207,10 +207,13 @@ def check_size(args, config, world):
     kept = 2 * config.n_layers * (6 * config.d_model + 2 * config.d_ff) / (args.grad_accum * world)
     # Float32 weights, gradients and two averages; what a token leaves for the backward pass; batches.
     gib = (16 * count_parameters(config)["total"] + tokens * (kept + 16)) / 2**30
-    if hasattr(os, "sysconf"):      # Windows has none
+    there = math.inf
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory / 2**30
+    elif hasattr(os, "sysconf"):    # Windows has none
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        if gib > there:
-            fail(f"needs over {gib:,.0f} GiB of memory, of {there:,.0f}; lower --batch-size or a model size")
+    if gib > there:
+        fail(f"needs over {gib:,.0f} GiB of memory, of {there:,.0f}; lower --batch-size or a model size")
 
 def keep_freed_memory():
     """glibc would have it zeroed anew at every step: 5% of a dense step on 2 cores, 40% of a moe step."""
@@ -360,24 +363,29 @@ def provenance(device):
 
 def read_folder(out, args, meta, device):
     """The checkpoint, or None, and config.json of a run that goes on with the same settings and text."""
-    saved, started = None, plot.read_json(out / "config.json") or {}
-    path = out / "checkpoints/last.pt"
+    saved, path = None, out / "checkpoints/last.pt"
     try:
         with zipfile.ZipFile(path) as archive:          # with a checksum for each tensor
             if archive.testzip():
                 raise ValueError("wrong checksum")
-        found = torch.load(path, map_location=device, weights_only=True)
-        found["started"]["resumes"]                     # an older version's has none
-        saved, started = found, found["started"]
+        saved = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         pass
+    except (MemoryError, torch.OutOfMemoryError):       # it is not the file's fault
+        raise
     except Exception as e:      # torch, pickle and zipfile raise a dozen kinds for a damaged file
         print(f"{path} is damaged ({type(e).__name__}) and is not used", file=sys.stderr)
-    before = started.get("args", {}) | started.get("data", {})
+    if saved and "started" not in saved:
+        fail(f"{path} was written by an older version; choose another --out")
+    started = saved["started"] if saved else plot.read_json(out / "config.json") or {}
+    parts = [started.get("args"), started.get("data")]
+    if not all(isinstance(part, dict) for part in parts):
+        return None, {}
     for key, now in (vars(args) | meta).items():
-        if before and key not in FREE and before.get(key) != now:
-            was = f"--{key.replace('_', '-')} was {before.get(key)!s:.80}, is {now!s:.80}"
-            fail(f"{out} began with other settings or another text: {was}; repeat them, or change --out")
+        was = (parts[0] | parts[1]).get(key)
+        if key not in FREE and was != now:
+            change = f"--{key.replace('_', '-')} was {was!s:.80}, is {now!s:.80}"
+            fail(f"{out} began with other settings or another text: {change}; repeat them, or change --out")
     return saved, started
 
 # The run ------------------------------------------------------------------------------------------
@@ -386,7 +394,7 @@ def run(args, config):
     rank, world, local_rank = torchrun_place()
     device = pick_device(args.device, local_rank)
     dtype = pick_dtype(args.dtype, device)
-    check_size(args, config, world)
+    check_size(args, config, device, world)
     tokens_per_step = args.batch_size * config.context_length
     n_tokens = args.data_tokens or tokens_per_step * args.max_steps
     if args.dry_run:
@@ -410,10 +418,11 @@ def run(args, config):
     saved, started = None, {}
     if args.resume:
         saved, started = read_folder(out, args, corpus.meta, device)
-        status = (plot.read_json(out / "summary.json") or {}).get("status")
-        if started and not saved and status in plot.STATUSES:
-            print(f"{out} is already finished")
-            return 0
+        before = plot.read_run(out)                     # None: config.json is damaged
+        if before and before["status"] in plot.STATUSES and len(before["metrics"]["step"]):
+            if not saved or saved["metrics"].encode() == (out / "metrics.csv").read_bytes():
+                print(f"{out} is already finished")
+                return 0
     if args.prepare:
         return 0
 
@@ -436,8 +445,9 @@ def run(args, config):
     backend = pick_compile(args.compile, device, config, n_tokens)
     if backend:
         losses = torch.compile(losses, backend=backend)
+    if backend == "inductor":
         for optimizer in optimizers:
-            optimizer.compile(backend=backend)
+            optimizer.compile()
     train_step = make_step(losses, optimizers, model, args)
     if can_record(device, dtype, config, backend):
         train_step = graphed(train_step)

@@ -26,7 +26,7 @@ from optim import build_optimizer
 ROOT = Path(train.__file__).parent
 SMALL = ("--data text.txt --vocab-size 300 --d-model 16 --n-layers 2 --n-heads 2 --d-ff 24 --batch-size 8 "
          "--context-length 16 --max-steps 20 --eval-interval 5 --log-interval 1 --eval-tokens 400 "
-         "--checkpoint-interval 5 --device cpu --no-plot --sample 0").split()
+         "--checkpoint-interval 5 --warmup-ratio 0.1 --device cpu --no-plot --sample 0").split()
 TIMES = ("elapsed", "tokens_per_sec")
 PROGRAM = [sys.executable, ROOT / "train.py"]
 CPU = torch.device("cpu")
