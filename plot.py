@@ -111,8 +111,9 @@ def read_metrics(path):
             continue
         if len(row) == len(head):
             rows.append(row)
-    found = dict(zip(head, np.reshape(rows, (-1, len(head))).T))
-    metrics = dict.fromkeys(COLUMNS, np.full(len(rows), np.nan)) | found
+    values = np.reshape(rows, (-1, len(head)))
+    values[np.abs(values) > 1e30] = np.inf      # only damage makes these
+    metrics = dict.fromkeys(COLUMNS, np.full(len(rows), np.nan)) | dict(zip(head, values.T))
     adamw = metrics["preconditioned_sharpness"]
     metrics["sharpness"] = np.where(np.isnan(adamw), metrics["sharpness"], adamw)
     metrics["sharpness_ratio"] = metrics["sharpness"] / metrics["stability_threshold"]

@@ -13,6 +13,7 @@ range test, Smith 2017; stages, DeepSeek LLM 2024 (1, 0.316, 0.1) with the facto
     python schedule.py [picture.png]        # draws them all
 """
 import math
+import os
 import sys
 
 # Shapes: progress in [0, 1] -> a factor in [floor, 1] ---------------------------------------------
@@ -115,7 +116,7 @@ if __name__ == "__main__":
         if not path:
             raise ValueError("no name")
         fig.savefig(path)
+        print(f"{len(SCHEDULES)} schedules in {path}: {', '.join(SCHEDULES)}", flush=True)
     except (OSError, ValueError) as error:      # ValueError: a name whose ending is no picture's
         print(f"schedule.py: cannot write {path!r} ({error}); name a .png file", file=sys.stderr)
-        sys.exit(2)
-    print(f"{len(SCHEDULES)} schedules in {path}: {', '.join(SCHEDULES)}")
+        os._exit(2)                             # without another try to write what was printed

@@ -152,9 +152,9 @@ def torchrun_place():
     texts = [os.environ.get(name, default) for name, default in defaults.items()]
     if all(map(str.isdecimal, texts)):
         rank, world, local_rank = map(int, texts)
-        if max(rank, local_rank) < world and (world == 1 or "MASTER_ADDR" in os.environ):
+        if max(rank, local_rank) < world and (world == 1 or {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}):
             return rank, world, local_rank
-    fail(f"{[*defaults]} = {texts} make no sense, or not without MASTER_ADDR; start with torchrun")
+    fail(f"{[*defaults]} = {texts} make no sense, or not without a MASTER_ADDR and MASTER_PORT; use torchrun")
 
 def pick_device(name, local_rank=0):
     """A torch.device that is really there; `auto` takes cuda, then mps, then cpu."""
