@@ -39,6 +39,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -310,16 +311,21 @@ def losses(plan, keys):
 def comparable(dir, mix_code=True):
     """All runs in a folder. Dies at two texts or tokenizers and, without mix_code, at code since edited."""
     runs = plot.read_runs(dir) if dir.is_dir() else []
+    code = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in TRAIN.parent.glob("*.py")}
     corpora = {}
+    changed = {}    # file: the runs that began before its edit
     for run in runs:
         data = run["config"].get("data") or {}
         corpora[data.get("train_sha256"), data.get("val_sha256")] = run["name"]
         for name, digest in (run["config"].get("code") or {}).items():
-            if not mix_code and digest != hashlib.sha256(TRAIN.with_name(name).read_bytes()).hexdigest():
-                die(f"the code changed since {run['name']} began ({name}); choose another --name, or compare "
-                    "old and new code with --mix-code")
+            if digest != code.get(name):
+                changed.setdefault(name, []).append(run["name"])
     if len(corpora) > 1:
         die(f"{' and '.join(corpora.values())} read other data; choose another --name")
+    if changed and not mix_code:
+        old = textwrap.shorten(", ".join(dict.fromkeys(sum(changed.values(), []))), 150, placeholder=" ...")
+        die(f"the code changed since {old} began ({', '.join(sorted(changed))}); choose another --name, or "
+            "compare old and new code with --mix-code")
     return runs
 
 # Processes ----------------------------------------------------------------------------------------
@@ -397,11 +403,21 @@ def execute(plan, keys):
                     running[slot] = keys[0], start(plan, keys[0], slot)
                     keys = keys[1:]
             time.sleep(0.05)
-    finally:    # interrupted, or a full disk: Ctrl-C, on which each saves a checkpoint and ends
-        for _, process in running.values():
+    finally:
+        stop([process for _, process in running.values()])
+
+def stop(processes):
+    """Interrupted, or a full disk: Ctrl-C, on which each saves a checkpoint and ends; a second one kills."""
+    try:
+        for process in processes:
             if os.name == "posix":  # elsewhere the console has told them
                 process.send_signal(signal.SIGINT)
-        for _, process in running.values():
+        for process in processes:
+            process.wait()
+    finally:
+        for process in processes:
+            process.kill()  # does nothing to those that have ended
+        for process in processes:
             process.wait()
 
 def prepare(plan, todo):
@@ -481,6 +497,8 @@ def analyse_setting(label, table, runs):
         row.update(shown=lr in worse, difference=rise(table[lr], table.get(best, {})))
         if row["difference"] < math.inf:    # without its seeds' luck: in the order of the pairs
             row["val_loss"] = s["best_loss"] + row["difference"]
+        elif lr not in worse:   # it diverged with its only seed: nobody knows
+            row["shown"] = None
         rates.append(row)
     if best:
         s["edge"] = find_edge(rates, best)
@@ -537,7 +555,8 @@ DIVERGE = """Runs begin to diverge somewhere between {survived:g} and there, at 
 times the best rate; by the folk rule 2 to 4 is usual, less is near the edge, more is conservative."""
 RATES = """## Rates {label}
 
-`difference`: nats above the best, paired over seeds; `shown`: to be worse."""
+`difference`: nats above the best, paired over seeds; `shown`: to be worse (empty: one seed of several, which
+diverged)."""
 
 def answer(s):
     """The rate to use, how sure that is, and between which rates the optimum lies."""
@@ -567,9 +586,14 @@ def markdown(rows, columns):
     """A table of some columns of insights.json."""
     lines = [columns.split(), ["---"] * len(columns.split())]
     for row in rows:
-        cells = [row[column] for column in lines[0]]
-        lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("None", "")
+        cells = dict.fromkeys(lines[0], "")
+        for column in lines[0]:
+            if isinstance(row[column], float):
+                cells[column] = f"{row[column]:g}" if column == "lr" else f"{row[column]:.4g}"
+            elif row[column] is not None:
+                cells[column] = str(row[column])
+        lines.append(cells.values())
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 def write_up(insights):
     """lr_sweep_analysis.md, the answer first. Every number in it comes out of insights."""
@@ -726,15 +750,16 @@ def main(argv):
         return 0
     for name in {"SIGINT", "SIGTERM", "SIGHUP"}.intersection(dir(signal)):
         signal.signal(getattr(signal, name), on_signal)
-    return run_sweep(plan)
+    try:
+        return run_sweep(plan)
+    except Stopped as stopped:
+        print("stopped; every run keeps what it has. The same command goes on")
+        return stopped.code
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except Stopped:
-        print("stopped; every run keeps what it has. The same command goes on")
-        raise
     except BrokenPipeError:     # whoever read the lines has gone (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
