@@ -58,20 +58,20 @@ GRIDS = {   # where the search starts
     "moe": [0.01, 0.02, 0.035, 0.05, 0.065, 0.085, 0.1, 0.15, 0.3],
 }
 # A textbook run: one fixed batch, a constant rate, nothing that hides the edge of stability.
-EDGE = ("--no-widen --full-batch --batch-size 8 --context-length 64 --max-steps 400 --schedule constant "
-        "--warmup-ratio 0 --grad-clip 0 --weight-decay 0 --dtype float32 --sharpness 10 --log-interval 1 "
-        "--eval-interval 400 --eval-tokens 2048 --momentum 0 --optimizer ")
-STUDIES = {     # flags, which those on the command line override
-    "explore": "--no-widen --max-steps 50 --lrs 0.001 0.01 0.03 0.1 0.3",
-    "extend": "--no-widen --max-steps 100 --around 0.15 0.3 0.5 0.7 0.8 1 1.2 1.5 2 3 5",
-    "fine": "--no-widen --max-steps 75 --lrs 0.06 0.07 0.08 0.09 0.1 0.11 0.12 0.13 0.14",
-    "wide": "--no-widen --lrs 0.001 0.002 0.003 0.004 0.006 0.008 "     # conservative
-            "0.01 0.015 0.02 0.03 0.04 0.05 0.065 0.08 "                # moderate
-            "0.1 0.13 0.16 0.2 0.25 0.3 0.4 0.5 0.6 0.7 0.85 1.0",      # aggressive, extreme
-    "schedules": "--no-widen --around 1 --seeds 3 "     # conservative, baseline, none, aggressive, long
-                 "--vary warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1",
-    "edge": EDGE + "sgd --lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5",
-    "edge-adamw": EDGE + "adamw --lrs 1e-4 3e-4 1e-3 3e-3 1e-2 1e-1",
+EDGE = ("--full-batch --batch-size 8 --context-length 64 --max-steps 400 --schedule constant --warmup-ratio 0 "
+        "--grad-clip 0 --weight-decay 0 --dtype float32 --sharpness 10 --log-interval 1 --eval-interval 400 "
+        "--eval-tokens 2048 --momentum 0 --optimizer ")
+STUDIES = {     # only these rates (--no-widen): flags of the sweep, which yours override, and of train.py
+    "explore": ("--lrs 0.001 0.01 0.03 0.1 0.3", "--max-steps 50"),
+    "extend": ("--around 0.15 0.3 0.5 0.7 0.8 1 1.2 1.5 2 3 5", "--max-steps 100"),
+    "fine": ("--lrs 0.06 0.07 0.08 0.09 0.1 0.11 0.12 0.13 0.14", "--max-steps 75"),
+    "wide": ("--lrs 0.001 0.002 0.003 0.004 0.006 0.008 "           # conservative
+             "0.01 0.015 0.02 0.03 0.04 0.05 0.065 0.08 "           # moderate
+             "0.1 0.13 0.16 0.2 0.25 0.3 0.4 0.5 0.6 0.7 0.85 1.0", ""),    # aggressive, extreme
+    "schedules": ("--around 1 --seeds 3 "   # conservative, baseline, none, aggressive, long
+                  "--vary warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1", ""),
+    "edge": ("--lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5", EDGE + "sgd"),
+    "edge-adamw": ("--lrs 1e-4 3e-4 1e-3 3e-3 1e-2 1e-1", EDGE + "adamw"),
 }
 PER_GPU = {"tiny": 4, "dense": 1, "dense-low": 8, "moe": 2}     # runs at once, measured on an H100
 NEAR = 0.1      # nats, 10% perplexity: stands in for the noise where there is one seed
@@ -289,11 +289,11 @@ def folder(plan, key):
 def judge(runs):
     """Sets status and loss of each run, beside the best: inf where it diverged, None where it goes on."""
     for run in runs:
-        status = run["summary"].get("status") or "running"
-        loss = run["summary"].get("final_val_loss") if status in plot.STATUSES else None
-        if status in plot.STATUSES and (status == "diverged" or not isinstance(loss, float)):
-            status, loss = "diverged", math.inf
-        run.update(status=status, loss=loss)
+        run["loss"] = None
+        if run["status"] in plot.STATUSES:
+            run["loss"] = run["summary"].get("final_val_loss")
+            if run["status"] == "diverged" or not isinstance(run["loss"], float):
+                run.update(status="diverged", loss=math.inf)
     alive = [run for run in runs if run["loss"] not in (None, math.inf) and len(run["train"]["train_loss"])]
     alive.sort(key=lambda run: run["loss"])
     for run in alive:
@@ -313,19 +313,19 @@ def comparable(dir, mix_code=True):
     runs = plot.read_runs(dir) if dir.is_dir() else []
     code = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in TRAIN.parent.glob("*.py")}
     corpora = {}
-    changed = {}    # file: the runs that began before its edit
+    edited = []     # (file, run that began before its edit)
     for run in runs:
         data = run["config"].get("data") or {}
         corpora[data.get("train_sha256"), data.get("val_sha256")] = run["name"]
         for name, digest in (run["config"].get("code") or {}).items():
             if digest != code.get(name):
-                changed.setdefault(name, []).append(run["name"])
+                edited.append((name, run["name"]))
     if len(corpora) > 1:
         die(f"{' and '.join(corpora.values())} read other data; choose another --name")
-    if changed and not mix_code:
-        old = textwrap.shorten(", ".join(dict.fromkeys(sum(changed.values(), []))), 150, placeholder=" ...")
-        die(f"the code changed since {old} began ({', '.join(sorted(changed))}); choose another --name, or "
-            "compare old and new code with --mix-code")
+    if edited and not mix_code:
+        names, old = [", ".join(dict.fromkeys(column)) for column in zip(*edited)]
+        die(f"the code changed since {textwrap.shorten(old, 150, placeholder=' ...')} began ({names}); choose "
+            "another --name, or compare old and new code with --mix-code")
     return runs
 
 # Processes ----------------------------------------------------------------------------------------
@@ -354,11 +354,10 @@ def visible_gpus(device):
     return names.replace(" ", "").split(",")
 
 def command(plan, key, *more):
-    """train.py with the flags of one run."""
     setting, lr, seed = key
     varied = [word for flag, value in setting for word in (f"--{flag}", value)]
     own = ["--lr", f"{lr:g}", "--seed", str(seed), "--out", str(folder(plan, key)), "--resume", "--no-plot"]
-    return [sys.executable, str(TRAIN), *plan.flags, *plan.corpus, *varied, *own, *more]
+    return [sys.executable, str(TRAIN), *plan.flags, *varied, *own, *more]
 
 def ask_train(plan, key, flag):
     """What train.py prints at once, --dry-run or --prepare; where it refuses, it has said why."""
@@ -417,14 +416,13 @@ def stop(processes):
     finally:
         for process in processes:
             process.kill()  # does nothing to those that have ended
-        for process in processes:
             process.wait()
 
 def prepare(plan, todo):
     """Once, before the first run: one corpus, one code, and one owner of the folder. Returns its lock."""
     if todo and len(plan.settings) > 1:     # each setting reads the corpus that the largest budget needs
         tokens = [int(ask_train(plan, (setting, *todo[0][1:]), "--dry-run")) for setting in plan.settings]
-        plan.corpus = ["--data-tokens", str(max(tokens))]
+        plan.flags = [*plan.flags, "--data-tokens", str(max(tokens))]
     if plan.dry_run:
         for key in todo:
             print(f"cd {shlex.quote(os.getcwd())} && {shlex.join(command(plan, key))}")
@@ -439,8 +437,9 @@ def prepare(plan, todo):
 
 def run_sweep(plan):
     """Round after round; a restart replays them, and finished runs answer at once. Then the report."""
-    made_with = (plot.read_json(plan.dir / "sweep.json") or vars(plan)).get("flags")
-    if made_with != plan.flags:
+    flags = plan.flags  # to which prepare adds
+    made_with = (plot.read_json(plan.dir / "sweep.json") or {}).get("flags", flags)
+    if made_with != flags:
         die(f"{plan.dir} was made with other flags, {made_with}; choose another --name")
     asked = []
     owner = ended = None
@@ -451,7 +450,7 @@ def run_sweep(plan):
         todo = [key for key, loss in losses(plan, keys).items() if loss is None]
         if todo or ended:
             owner = owner or prepare(plan, todo)
-            write_json(plan.dir / "sweep.json", dict(flags=plan.flags, ended=ended))
+            write_json(plan.dir / "sweep.json", dict(flags=flags, ended=ended))
         execute(plan, todo)
     text = report(plan.dir, plan.margin).split("## ")[0].replace("**", "")
     print(f"\n{text}Table, analysis and pictures: {plan.dir}")
@@ -470,11 +469,9 @@ def analyse(runs, margin=0.01, ended=None):
     best = None
     for s in settings:
         if s["label"] == winner:
-            best = dict(setting=winner, lr=s["best_lr"], val_loss=s["best_loss"], low=s["low"],
-                        high=s["high"])
-    insights = dict(best=best, use=best, ended=ended, margin=margin, comparisons=comparisons,
-                    settings=settings, runs=len(runs),
-                    minutes=sum(run["summary"].get("seconds") or 0 for run in runs) / 60,
+            best = dict(setting=winner, lr=s["best_lr"], val_loss=s["best_loss"], low=s["low"], high=s["high"])
+    insights = dict(best=best, use=best, ended=ended, margin=margin, comparisons=comparisons, settings=settings,
+                    runs=len(runs), minutes=sum(run["summary"].get("seconds") or 0 for run in runs) / 60,
                     unfinished=[run["name"] for run in runs if run["loss"] is None],
                     one_batch=any(run["args"].get("full_batch") for run in runs))
     return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
@@ -517,46 +514,44 @@ def analyse_rate(runs):
     runs = [run for run in runs if run["loss"] is not None]
     alive = [run for run in runs if run["loss"] < math.inf]
     states = [run["status"] for run in runs]
-    row = {name: mean(run["summary"].get("final_" + name) for run in alive)
-           for name in ("val_loss", "val_accuracy", "val_perplexity", "val_bpb")}
+    row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], unstable=states.count("unstable"),
+               diverged=states.count("diverged"), status=max(states, key=plot.STATUSES.index),
+               deviation=deviation([run["loss"] for run in alive]),
+               max_grad_norm=mean(run["summary"].get("max_grad_norm") for run in runs))
+    for name in ("val_loss", "val_accuracy", "val_perplexity", "val_bpb"):
+        row[name] = mean(run["summary"].get("final_" + name) for run in alive)
     minutes = mean(run["summary"].get("seconds") for run in alive) / 60
-    return row | dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs],
-                      status=max(states, key=plot.STATUSES.index), unstable=states.count("unstable"),
-                      diverged=states.count("diverged"), deviation=deviation([run["loss"] for run in alive]),
-                      max_grad_norm=mean(run["summary"].get("max_grad_norm") for run in runs),
-                      accuracy_per_minute=row["val_accuracy"] / max(minutes, 1e-9))
+    row["accuracy_per_minute"] = row["val_accuracy"] / max(minutes, 1e-9)
+    return row
 
 def find_edge(rates, best):
     """The first unstable and the first diverged rate above the best, in how many of their seeds, and the rate
     below the diverged one: runs begin to diverge somewhere between these two."""
-    edge = dict.fromkeys(("lr", "ratio", "survived", *plot.EDGE))
-    for below, row in reversed(list(itertools.pairwise(rates))):
+    edge = dict.fromkeys((*plot.EDGE, "ratio", "survived"))
+    for below, row in itertools.pairwise(rates):
         for status in plot.EDGE:
-            if row["lr"] > best and row[status]:
-                edge["lr"] = row["lr"]
+            if row["lr"] > best and row[status] and not edge[status]:
                 edge[status] = dict(lr=row["lr"], seeds=row[status], of=len(row["seeds"]))
                 if status == "diverged":
                     edge.update(ratio=row["lr"] / best, survived=below["lr"])
-    return edge if edge["lr"] else None
+    return edge
 
 # Report -------------------------------------------------------------------------------------------
 
 COLUMNS = ("steps", "final_val_loss", "final_val_accuracy", "final_val_perplexity", "final_val_bpb",
            "final_train_loss", "best_val_loss", "best_val_step", "max_grad_norm")   # no times: repeatable
 
-USE = "**Use {best_lr:g} {label}**, validation loss {best_loss:.3f} nats a token. It has "
 TESTED = """the lowest mean of {seeds} seeds. The optimum lies from {between}; paired tests show the limits \
 to be worse, 95% together (noise {noise:.4f} nats). As good, as far as {seeds} seeds can tell: {good}."""
 ONE_SEED = """the lowest loss with **one seed**; another seed may have another best. As a rule of thumb, not \
 a test, the optimum lies from {between}; the limits are over 0.1 nats worse. As good, as far as one seed can \
 tell: {good}."""
 ONE_RATE = "no rival: no other rate survived all its {seeds} seeds, and where the optimum lies is not known."
+FIRST = "The first {status} rate above the best is {lr:g}, in {seeds} of {of} seeds."
 DIVERGE = """Runs begin to diverge somewhere between {survived:g} and there, at {least:.1f} to {ratio:.1f} \
 times the best rate; by the folk rule 2 to 4 is usual, less is near the edge, more is conservative."""
-RATES = """## Rates {label}
-
-`difference`: nats above the best, paired over seeds; `shown`: to be worse (empty: one seed of several, which
-diverged)."""
+RATES = """`difference`: nats above the best, paired over seeds; `shown`: to be worse (empty: it diverged with \
+its only seed, and others have more)."""
 
 def answer(s):
     """The rate to use, how sure that is, and between which rates the optimum lies."""
@@ -565,34 +560,28 @@ def answer(s):
     text = TESTED
     if s["noise"] is None:
         text = ONE_SEED if s["seeds"] == 1 else ONE_RATE
-    text = (USE + text).format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
-    return text.replace(" **,", "**,")
+    use = f"**Use {s['best_lr']:g} {s['label']}".strip()
+    why = text.format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
+    return f"{use}**, validation loss {s['best_loss']:.3f} nats a token. It has {why}"
 
 def edge_text(s):
     """The two edges, and the folk rule."""
-    edge = s["edge"] or {}
     text = []
     for status in plot.EDGE:
-        if edge.get(status):
-            first = "The first {} rate above the best is {lr:g}, in {seeds} of {of} seeds."
-            text.append(first.format(status, **edge[status]))
+        if s["edge"][status]:
+            text.append(FIRST.format(status=status, **s["edge"][status]))
         else:
             text.append(f"No rate from the best to {s['rates'][-1]['lr']:g} was {status}.")
-    if edge.get("diverged"):
-        text.append(DIVERGE.format(**edge, least=edge["survived"] / s["best_lr"]))
+    if s["edge"]["diverged"]:
+        text.append(DIVERGE.format(**s["edge"], least=s["edge"]["survived"] / s["best_lr"]))
     return " ".join(text)
 
 def markdown(rows, columns):
-    """A table of some columns of insights.json."""
+    """A table of some columns of insights.json, whose losses need four digits."""
     lines = [columns.split(), ["---"] * len(columns.split())]
     for row in rows:
-        cells = dict.fromkeys(lines[0], "")
-        for column in lines[0]:
-            if isinstance(row[column], float):
-                cells[column] = f"{row[column]:g}" if column == "lr" else f"{row[column]:.4g}"
-            elif row[column] is not None:
-                cells[column] = str(row[column])
-        lines.append(cells.values())
+        cells = [f"{row[column]:.4g}" if isinstance(row[column], float) else row[column] for column in lines[0]]
+        lines.append(["" if cell is None else str(cell) for cell in cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 def write_up(insights):
@@ -610,8 +599,9 @@ def write_up(insights):
         text.append("## Settings, each at its best rate (same: within {margin:g} nats)".format(**insights))
         text.append(markdown(comparisons, "better worse difference low high seeds verdict"))
     for s in insights["settings"]:
-        text.append(RATES.format(**s))
-        text.append(markdown(s["rates"], "lr seeds status unstable diverged difference shown val_bpb"))
+        rates = [dict(row, lr=f"{row['lr']:g}") for row in s["rates"]]
+        text += [f"## Rates {s['label']}".strip(), RATES]
+        text.append(markdown(rates, "lr seeds status unstable diverged difference shown val_bpb"))
         if use and use["setting"] == s["label"]:
             first = answer(s)
         if s["best_lr"]:
@@ -622,7 +612,7 @@ def write_up(insights):
     if insights["one_batch"]:
         first = ("These runs fit one batch again and again: their validation loss recommends no rate. "
                  "Look at sharpness.png and edge_of_stability.png.")
-    return "\n\n".join(["# Which learning rate?", first, *text]).replace(" \n", "\n") + "\n"
+    return "\n\n".join(["# Which learning rate?", first, *text]) + "\n"
 
 def write_json(path, value):
     write_aside(path, json.dumps(value, indent=1).encode())
@@ -636,15 +626,15 @@ def report(dir, margin):
     insights = analyse(runs, margin, meta.get("ended") or "goes on: the same command continues it")
     names = [run["name"] for run in runs]
     insights["unfinished"] += sorted(x.name for x in dir.iterdir() if x.is_dir() and x.name not in names)
-    rows = [["setting", "lr", "seed", "status", *COLUMNS]]
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["setting", "lr", "seed", "status", *COLUMNS])
     for run in runs:
         values = [run["summary"].get(column) for column in COLUMNS]     # csv writes None as nothing
-        rows.append([run["setting"], f"{run['lr']:g}", run["seed"], run["status"], *values])
+        rows.writerow([run["setting"], f"{run['lr']:g}", run["seed"], run["status"], *values])
         if not (run["dir"] / "loss_curves.png").exists():
             plot.draw_run(run["dir"])
     text = write_up(insights)
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(rows)
     write_aside(dir / "summary_table.csv", table.getvalue().encode())
     write_aside(dir / "lr_sweep_analysis.md", text.encode())
     write_json(dir / "insights.json", insights)
@@ -679,16 +669,17 @@ def parse_vary(texts):
     return [sum(combination, ()) for combination in itertools.product(*axes)]
 
 def parse_flags(argv):
-    """-> the flags of the study and of argv; those for train.py; and of these, the ones in argv."""
-    about = "Sweep the learning rate. Flags not listed here go on to train.py."
-    p = argparse.ArgumentParser("sweep.py", allow_abbrev=False, add_help=False, description=about,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """-> the sweep's own flags, and those that it does not know, which are train.py's."""
+    p = argparse.ArgumentParser("sweep.py", allow_abbrev=False, add_help=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                description="Sweep the learning rate. Flags not listed here go on to train.py.")
     p.error = lambda message: die(f"{message}; see --help")
     add = p.add_argument
     add("--preset", choices=GRIDS, default="tiny", help="of the model")
     add("--study", choices=STUDIES, help="a named plan, which sets defaults of the others")
-    first, _ = p.parse_known_args(argv)
+    first, _ = p.parse_known_args(argv)     # these two decide the defaults of the others
     grid = GRIDS[first.preset]
+    study, _ = STUDIES.get(first.study, ("", ""))
 
     def multiple(text):
         return learning_rate(f"{float(text) * grid[(len(grid) - 1) // 2]:.2g}")
@@ -698,10 +689,9 @@ def parse_flags(argv):
     add("--around", nargs="+", type=multiple, dest="lrs", default=argparse.SUPPRESS,
         help="instead of --lrs: multiples of the middle rate that --preset starts from")
     add("--seeds", type=positive, default=1, help="of the rates that matter")
-    add("--refine", type=int, default=0, choices=range(10),
-        help="halve the distance between rates around the best, so often")
+    add("--refine", type=int, default=0, choices=range(10), help="how often to halve the steps around the best")
     add("--vary", action="append", default=[], help="FLAG=V1,V2 of train.py, or FLAG1,FLAG2=A:B,C:D")
-    add("--widen", action=argparse.BooleanOptionalAction, default=True,
+    add("--widen", action=argparse.BooleanOptionalAction, default=not study,
         help="go outward to the edge and close in on the best; --no-widen: only the rates given")
     add("--max-runs", type=positive, help="at most this many; None: 16 for each setting and seed")
     add("--jobs", type=positive, help="runs at once; None: as many as pay")
@@ -711,14 +701,13 @@ def parse_flags(argv):
     add("--mix-code", action="store_true", help="compare runs of edited code with those before the edit")
     add("--dry-run", action="store_true", help="print the next round's commands, one a line, and stop")
     add("--report", type=Path, help="analyse and draw again what lies in this folder, and stop")
-    args, flags = p.parse_known_args(STUDIES.get(first.study, "").split() + argv)
-    return args, flags, p.parse_known_args(argv)[1]
+    return p.parse_known_args(study.split() + argv)
 
 def make_plan(argv):
-    """The flags, checked, with what the search and its runs need besides."""
-    plan, flags, given = parse_flags(argv)
+    """The flags, checked, and what follows from them: settings, flags of all runs, dir, gpus."""
+    plan, given = parse_flags(argv)
     own = {"--lr", "--seed", "--out", "--resume", "--prepare", "--data-tokens"}
-    for word in own.intersection(word.split("=")[0] for word in flags):
+    for word in own.intersection(word.split("=")[0] for word in given):
         die(f"{word} is set by the sweep; see --lrs, --seeds and --name in --help")
     if plan.name is None:
         words = [plan.preset, plan.study or "", *(text.split("=")[0] for text in plan.vary), *given]
@@ -728,8 +717,8 @@ def make_plan(argv):
     if not 0 <= plan.margin < math.inf:
         die(f"--margin {plan.margin}: a number of nats, from 0")
     plan.dir = Path("runs") / plan.name
-    plan.flags = ["--preset", plan.preset, "--device", plan.device, *flags]
-    plan.corpus = []
+    _, study = STUDIES.get(plan.study, ("", ""))
+    plan.flags = ["--preset", plan.preset, "--device", plan.device, *study.split(), *given]
     plan.settings = parse_vary(plan.vary)
     plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
     plan.gpus = visible_gpus(plan.device)
