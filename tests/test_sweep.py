@@ -214,7 +214,7 @@ def test_a_sweep_end_to_end(tmp_path):
     setting = insights["settings"][0]
     assert setting["bracketed"] and setting["noise"] > 0
     assert setting["edge"]["diverged"]["of"] == 1
-    assert setting["edge"]["survived"] < setting["edge"]["diverged"]["lr"]
+    assert setting["edge"]["diverged"]["below"] < setting["edge"]["diverged"]["lr"]
     assert insights["use"]["low"] <= 2e-3 <= insights["use"]["high"]
     alive = [row for row in setting["rates"] if row["val_loss"]]
     ordered = sorted((row["val_loss"], row["difference"]) for row in alive)
@@ -242,10 +242,11 @@ def test_a_rate_is_shown_to_be_worse_or_not_or_nobody_knows():
         for (lr, seed), loss in losses.items():
             status = "converged" if loss < math.inf else "diverged"
             summary = dict(status=status, final_val_loss=loss)
-            runs.append(dict(name=f"lr{lr:g}-s{seed}", lr=lr, seed=seed, status=status, summary=summary, args={},
-                             train=dict(train_loss=np.linspace(7, loss, 40) if loss < math.inf else [])))
+            train = dict(train_loss=np.linspace(7, min(loss, 7), 40))
+            runs.append(dict(name=f"lr{lr:g}-s{seed}", lr=lr, seed=seed, status=status, summary=summary,
+                             train=train, args={}))
         insights = sweep.analyse(runs)
-        text = sweep.write_up(dict(insights, ended="ended"))
+        text = sweep.write_up(dict(insights, ended="ended", unfinished=[]))
         found = insights["settings"][0]["rates"]
         for row in found:
             cells = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {row['lr']:g} |")]
@@ -255,7 +256,7 @@ def test_a_rate_is_shown_to_be_worse_or_not_or_nobody_knows():
     several = {(1e-3, 0): 2.0, (1e-3, 1): 2.01, (0.0123456, 0): 1.9, (0.0123456, 1): 1.91, (0.1, 0): math.inf,
                (0.3, 0): math.inf, (0.3, 1): math.inf, (0.02, 0): 1.903, (0.02, 1): 1.909}
     assert shown(several) == {1e-3: True, 0.0123456: False, 0.02: False, 0.1: None, 0.3: True}
-    assert shown({(1e-3, 0): 2.0, (3e-3, 0): 2.05, (0.1, 0): math.inf}) == {1e-3: False, 3e-3: False, 0.1: True}
+    assert shown({(1e-3, 0): 2.0, (3e-3, 0): 2.05, (1, 0): math.inf}) == {1e-3: False, 3e-3: False, 1: True}
     assert shown({(0.1, 0): math.inf}) == {0.1: None}
 
 
