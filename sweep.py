@@ -4,14 +4,13 @@
     python sweep.py --preset moe --seeds 3      flags unknown here (--max-steps 400) go on to train.py
     python sweep.py --vary optimizer=adamw,muon any train.py flag, each value at its own best rate
     python sweep.py --dry-run                   the next round's commands, one a line: Slurm, xargs, Ray
-    python sweep.py --report runs/tiny          analyse and draw again what has arrived
 
-The search is a function from the results to the next runs, so that an interrupted sweep replays it and goes
-on as it would have. The statistics assume that loss against log rate falls to one valley and rises again, and
-rest on pairing: a seed gives every rate the same initial weights and batches, so its luck drops out.
+The search is a function from the results to the next runs: an interrupted sweep replays it and goes on. The
+statistics assume that loss against log rate falls to one valley and rises again, and rest on pairing: a seed
+gives every rate the same initial weights and batches, so its luck drops out (checked: tests/simulate.py).
 
     use       the tried rate with the lowest mean over all seeds; what was not run is never recommended
-    noise     residuals of loss[rate, seed] - mean of the rate - mean of the seed, at the rates near the best
+    noise     residuals of loss[rate, seed] - mean of the rate - mean of the seed (Fisher 1935), near the best
     shown     a rate is worse where its mean paired difference to the best exceeds t(df) s / sqrt(seeds): s is
               sqrt(2) noise, or the deviation of the differences if larger; t stands at 1 - 0.025 / k for k
               rates compared (Bonferroni). A rate that diverged with two seeds, all of them, is worse too
@@ -19,9 +18,6 @@ rest on pairing: a seed gives every rate the same initial weights and batches, s
               between are as good, as far as the seeds can tell. One seed knows no noise: 0.1 nats stand in
     settings  are compared at their best rates. What a finer grid could still gain widens the interval of the
               difference: the lowest that a convex valley through the tried rates could be between them
-
-Two-way residuals: Fisher, The Design of Experiments (1935). tests/simulate.py prints how often the interval
-holds a known optimum, how good the recommended rate is, and how often equal settings are called different.
 """
 import argparse
 import csv
@@ -48,29 +44,26 @@ import plot
 from data import DataError, cores, lock, write_aside
 
 TRAIN = Path(os.environ.get("NANOLR_TRAIN") or Path(__file__).with_name("train.py")).resolve()
-
-DENSE = [1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3, 1e-2]
 GRIDS = {   # where the search starts
     "tiny": [1e-3, 3e-3, 1e-2, 0.3, 1.0],
-    "dense": DENSE,
-    "dense-low": DENSE,
+    "dense": [1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3, 1e-2],
+    "dense-low": [1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3, 1e-2],
     "moe": [0.01, 0.02, 0.035, 0.05, 0.065, 0.085, 0.1, 0.15, 0.3],
 }
 # A textbook run: one fixed batch, a constant rate, nothing that hides the edge of stability.
-EDGE = ("--no-widen --full-batch --batch-size 8 --context-length 64 --max-steps 400 --schedule constant "
+EDGE = ("--full-batch --batch-size 8 --context-length 64 --max-steps 400 --schedule constant "
         "--warmup-ratio 0 --grad-clip 0 --weight-decay 0 --dtype float32 --sharpness 10 --log-interval 1 "
         "--eval-interval 400 --eval-tokens 2048 --momentum 0 --optimizer ")
-STUDIES = {     # flags, which those on the command line override
-    "explore": "--no-widen --max-steps 50 --lrs 0.001 0.01 0.03 0.1 0.3",
-    "extend": "--no-widen --max-steps 100 --around 0.15 0.3 0.5 0.7 0.8 1 1.2 1.5 2 3 5",
-    "fine": "--no-widen --max-steps 75 --lrs 0.06 0.07 0.08 0.09 0.1 0.11 0.12 0.13 0.14",
-    "wide": "--no-widen --lrs 0.001 0.002 0.003 0.004 0.006 0.008 "     # conservative
-            "0.01 0.015 0.02 0.03 0.04 0.05 0.065 0.08 "                # moderate
-            "0.1 0.13 0.16 0.2 0.25 0.3 0.4 0.5 0.6 0.7 0.85 1.0",      # aggressive, extreme
-    "schedules": "--no-widen --around 1 --seeds 3 "     # conservative, baseline, none, aggressive, long
-                 "--vary warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1",
-    "edge": EDGE + "sgd --lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5",
-    "edge-adamw": EDGE + "adamw --lrs 1e-4 3e-4 1e-3 3e-3 1e-2 1e-1",
+STUDIES = {     # only these rates (--no-widen): flags of the sweep, which yours override, and of train.py
+    "explore": ("--lrs 0.001 0.01 0.03 0.1 0.3", "--max-steps 50"),
+    "extend": ("--around 0.15 0.3 0.5 0.7 0.8 1 1.2 1.5 2 3 5", "--max-steps 100"),
+    "fine": ("--lrs 0.06 0.07 0.08 0.09 0.1 0.11 0.12 0.13 0.14", "--max-steps 75"),
+    "wide": ("--lrs 0.001 0.002 0.003 0.004 0.006 0.008 0.01 0.015 0.02 0.03 0.04 0.05 0.065 0.08 "
+             "0.1 0.13 0.16 0.2 0.25 0.3 0.4 0.5 0.6 0.7 0.85 1.0", ""),
+    "schedules": ("--around 1 --seeds 3 "   # conservative, baseline, none, aggressive, long
+                  "--vary warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1", ""),
+    "edge": ("--lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5", EDGE + "sgd"),
+    "edge-adamw": ("--lrs 1e-4 3e-4 1e-3 3e-3 1e-2 1e-1", EDGE + "adamw"),
 }
 PER_GPU = {"tiny": 4, "dense": 1, "dense-low": 8, "moe": 2}     # runs at once, measured on an H100
 NEAR = 0.1      # nats, 10% perplexity: stands in for the noise where there is one seed
@@ -78,7 +71,7 @@ WORTH = 0.03    # nats that a finer grid must promise before one setting is sear
 
 # Statistics: functions of a table {rate: {seed: loss}}; inf is the loss of a run that diverged ---
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def t_quantile(p, df):
     """Student's t. With t = sqrt(df) tan(a) its density becomes cos(a)^(df - 1), which a sum integrates."""
     angle = np.linspace(0, math.pi / 2, 5_001)
@@ -95,11 +88,10 @@ def deviation(values):
 
 def paired(row, other):
     """Differences row - other, {seed: loss} each, over the seeds that survived in both."""
-    differences = [row[seed] - other[seed] for seed in row if seed in other]
+    differences = [loss - other.get(seed, math.inf) for seed, loss in row.items()]
     return [d for d in differences if math.isfinite(d)]
 
 def rise(row, other):
-    """The mean of these; inf where there is nothing to pair."""
     return mean(paired(row, other) or [math.inf])
 
 def best_rate(table):
@@ -108,14 +100,12 @@ def best_rate(table):
     return min(means, key=means.get, default=None)
 
 def neighbours(table, lr):
-    """The next rates below and above, those that exist."""
     rates = sorted(table)
     i = rates.index(lr)
-    return rates[max(0, i - 1):i] + rates[i + 1:i + 2]
+    return rates[max(0, i - 1):i] + rates[i + 1:i + 2]  # below and above, those that exist
 
 def noise_near(table, best):
-    """Sum of squared two-way residuals (nats^2) and degrees of freedom, of the rates within NEAR of the best,
-    or of the three best: not of a wild one."""
+    """Sum of squared two-way residuals (nats^2) and df, of the three best rates or all within NEAR."""
     rows = [[row.get(seed, math.inf) for seed in table[best]] for row in table.values()]
     rows = sorted((row for row in rows if max(row) < math.inf), key=mean)
     near = sum(mean(row) < mean(rows[0]) + NEAR for row in rows)
@@ -132,11 +122,8 @@ def half_width(differences, noise, k, unknown):
     return float(t_quantile(1 - 0.025 / k, df) * spread / math.sqrt(len(differences)))
 
 def finer_gains(table, lr):
-    """{neighbour: nats by which the loss between it and this rate could be lower still, in a convex valley}.
-
-    A convex curve lies above its chords extended: in a gap, above the one before it and the one after it.
-    At an end of the grid the gain is inf, since beyond it the loss can be any.
-    """
+    """{neighbour: nats by which the loss between it and this rate could be lower still}: a convex valley lies
+    above the chords before and after the gap, extended. At an end of the grid: inf, the loss can be any."""
     around = neighbours(table, lr)
     if len(around) < 2:
         return dict.fromkeys(around, math.inf)
@@ -147,16 +134,13 @@ def finer_gains(table, lr):
         gap = np.linspace(0, math.log(near / lr), 200)
         before = [point for point in points if point[0] <= gap.min()]
         after = [point for point in points if point[0] >= gap.max()]
-        lines = [np.full(200, -math.inf)]
-        for chord in (before[-2:], after[:2]):
-            if len(chord) == 2:
-                lines.append(np.polyval(np.polyfit(*np.transpose(chord), 1), gap))
-        gains[near] = max(0, -np.max(lines, axis=0).min())
+        chords = [chord for chord in (before[-2:], after[:2]) if len(chord) == 2]
+        lines = [np.polyval(np.polyfit(*np.transpose(chord), 1), gap) for chord in chords]
+        gains[near] = max(0, -np.max(lines, axis=0, initial=-math.inf).min())
     return gains
 
 def compare_rates(table, best):
-    """-> rates shown to be worse than the best, rates as good, and the nearest below and above all of these
-    that are worse (0 and inf: none is)."""
+    """-> rates shown to be worse than the best, as good ones, the nearest worse around these (or 0, inf)."""
     noise = noise_near(table, best)
     pairs = {lr: paired(row, table[best]) for lr, row in table.items() if lr != best}
     k = sum(len(d) > 1 for d in pairs.values())
@@ -189,8 +173,8 @@ def compare_settings(tables, margin):
             noise += noise_near(table, best)
     winner = min(rows, key=lambda label: mean(rows[label].values()), default=None)
     comparisons = []
-    for label in rows:
-        d = paired(rows[label], rows[winner])
+    for label, row in rows.items():
+        d = paired(row, rows[winner])
         if label == winner or not d:
             continue
         if not noise[1]:    # one rate each: the noise is what remains between settings
@@ -210,17 +194,14 @@ def compare_settings(tables, margin):
 def stages(table, plan):
     """What one setting wants, lists of (rate, seed): the first of them that asks for something new is run."""
     yield [(lr, 0) for lr in plan.lrs]
+    # Outward, until the best has worse neighbours on both sides, and a rate above it diverges.
     best = best_rate(table)
     rates = []
-
-    # Outward, until the best has worse neighbours on both sides, and one above it diverges.
     if plan.widen and table and best in (None, min(table)):
         rates.append(float(f"{min(table) / 3:.0e}"))
     if plan.widen and best and not any(lr > best and math.inf in row.values() for lr, row in table.items()):
         rates.append(float(f"{max(table) * 3.3:.0e}"))
-
-    # Between the best and its neighbours, until both are within a factor of 2, or closer where that is worth
-    # it. Each --refine halves the distance in log rate.
+    # Between the best and its neighbours, until both are within a factor of 2, or closer where that pays.
     gains = finer_gains(table, best) if best else {}
     for lr, gain in gains.items():
         limit = 2.05    # rates have two digits
@@ -228,23 +209,21 @@ def stages(table, plan):
             limit = 1.25
         elif gain > WORTH and len(table[best]) == 1 and max(table[lr].values()) < math.inf:
             limit = 1.4
-        far = abs(math.log(lr / best)) > math.log(limit) / 2 ** plan.refine
+        far = abs(math.log(lr / best)) > math.log(limit) / 2 ** plan.refine     # each halves the log distance
         if far and len(gains) == 2 and (plan.widen or plan.refine):
             rates.append(float(f"{np.clip(math.sqrt(best * lr), best / 2, best * 2):.2g}"))
     yield [(lr, 0) for lr in rates]
-
-    # Seeds, for the best and its neighbours; then for all that are not shown to be worse, and the next ones
-    # outside, if they are not. Two seeds that diverged are enough.
+    # Seeds for the best and its neighbours, then for all not shown to be worse, with the next ones outside.
     rates = [best, *neighbours(table, best)] if best else []
     if best and len(table[best]) > 1:
         worse, good, _, _ = compare_rates(table, best)
         rates = good + neighbours(table, good[0])[:1] + neighbours(table, good[-1])[-1:]
         rates = [lr for lr in rates if lr not in worse]
     yield [(lr, seed) for lr in rates for seed in range(plan.seeds)
-           if seed < 2 or min(table[lr].values()) < math.inf]
+           if seed < 2 or min(table[lr].values()) < math.inf]   # two that diverged are enough
 
 def tables_of(results):
-    """{(setting, rate, seed): loss} -> {setting: table}; without None, the losses of failed runs."""
+    """{(setting, rate, seed): loss} -> {setting: table}, without the failed runs, whose loss is None."""
     tables = {}
     for (setting, lr, seed), loss in results.items():
         if loss is not None:
@@ -252,11 +231,8 @@ def tables_of(results):
     return tables
 
 def next_runs(results, plan):
-    """The search: what to run next, [(setting, rate, seed)], and why it ended (None: it has not).
-
-    results: {(setting, rate, seed): loss} of all runs asked for so far; inf: diverged, None: failed. plan:
-    settings, lrs, seeds, refine, margin, widen, max_runs. It depends on nothing else: it can be replayed.
-    """
+    """The search: what to run next, [(setting, rate, seed)], and why it ended (None: it has not). results:
+    {(setting, rate, seed): loss} of all runs asked for so far; inf: diverged, None: failed."""
     tables = tables_of(results)
     keys = []
     for setting in plan.settings:
@@ -280,24 +256,22 @@ def die(message):
     raise SystemExit(2)
 
 def folder(plan, key):
-    """A run's folder is named by what varies: optimizer=muon-lr0.003-s0."""
     setting, lr, seed = key
-    varied = ",".join(f"{flag}={value}" for flag, value in setting)
+    varied = ",".join(f"{flag}={value}" for flag, value in setting)     # optimizer=muon-lr0.003-s0
     return plan.dir / re.sub(r"[^\w.+=,-]+", "_", f"{varied}-lr{lr:g}-s{seed}".lstrip("-"))
 
 def judge(runs):
     """Sets status and loss of each run, beside the best: inf where it diverged, None where it goes on."""
     for run in runs:
-        status = run["summary"].get("status") or "running"
-        loss = run["summary"].get("final_val_loss") if status in plot.STATUSES else None
-        if status in plot.STATUSES and (status == "diverged" or not isinstance(loss, float)):
-            status, loss = "diverged", math.inf
-        run.update(status=status, loss=loss)
+        run["loss"] = None
+        if run["status"] in plot.STATUSES:
+            run["loss"] = run["summary"].get("final_val_loss")
+            if run["status"] == "diverged" or not isinstance(run["loss"], float):
+                run.update(status="diverged", loss=math.inf)
     alive = [run for run in runs if run["loss"] not in (None, math.inf) and len(run["train"]["train_loss"])]
-    alive.sort(key=lambda run: run["loss"])
+    best = min(alive, key=lambda run: run["loss"], default=None)
     for run in alive:
-        level = np.median(alive[0]["train"]["train_loss"][-5:])
-        run["status"] = plot.classify(run["train"]["train_loss"], level)
+        run["status"] = plot.classify(run["train"]["train_loss"], np.median(best["train"]["train_loss"][-5:]))
         if run["status"] == "diverged":
             run["loss"] = math.inf
 
@@ -310,25 +284,28 @@ def losses(plan, keys):
 def comparable(dir, mix_code=True):
     """All runs in a folder. Dies at two texts or tokenizers and, without mix_code, at code since edited."""
     runs = plot.read_runs(dir) if dir.is_dir() else []
+    code = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in TRAIN.parent.glob("*.py")}
     corpora = {}
+    edited = set()  # files
+    old = []        # runs of the time before
     for run in runs:
         data = run["config"].get("data") or {}
         corpora[data.get("train_sha256"), data.get("val_sha256")] = run["name"]
-        for name, digest in (run["config"].get("code") or {}).items():
-            if not mix_code and digest != hashlib.sha256(TRAIN.with_name(name).read_bytes()).hexdigest():
-                die(f"the code changed since {run['name']} began ({name}); choose another --name, or compare "
-                    "old and new code with --mix-code")
+        began = run["config"].get("code") or {}
+        changed = [name for name in began if began[name] != code.get(name)]
+        if changed:
+            edited.update(changed)
+            old.append(run["name"])
     if len(corpora) > 1:
         die(f"{' and '.join(corpora.values())} read other data; choose another --name")
+    if old and not mix_code:
+        if len(old) > 8:
+            old[8:] = ["..."]
+        die(f"the code changed since {', '.join(old)} began ({', '.join(sorted(edited))}); choose another "
+            "--name, or compare old and new code with --mix-code")
     return runs
 
 # Processes ----------------------------------------------------------------------------------------
-
-class Stopped(SystemExit):
-    """Ctrl-C, SIGTERM or SIGHUP, with the exit status."""
-
-def on_signal(number, frame):
-    raise Stopped(128 + number)
 
 # A child has a session of its own: Ctrl-C reaches the sweep alone, which passes it on. On Linux it dies with
 # its parent (PR_SET_PDEATHSIG is 1): a killed sweep leaves no run beside its successor's.
@@ -340,32 +317,29 @@ if sys.platform == "linux":
 def visible_gpus(device):
     """Ids of the GPUs to share out, without importing torch (2 s); cuda:1 is train.py's to find."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device not in ("auto", "cuda") or names in ("", "-1"):
+        return []
     if names is None and shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-        names = ",".join(map(str, range(listed.count("UUID"))))
-    if device not in ("auto", "cuda") or names in (None, "", "-1"):
-        return []
-    return names.replace(" ", "").split(",")
+        return [str(i) for i in range(listed.count("UUID"))]
+    return re.findall(r"[^\s,]+", names or "")
 
 def command(plan, key, *more):
-    """train.py with the flags of one run."""
     setting, lr, seed = key
     varied = [word for flag, value in setting for word in (f"--{flag}", value)]
     own = ["--lr", f"{lr:g}", "--seed", str(seed), "--out", str(folder(plan, key)), "--resume", "--no-plot"]
-    return [sys.executable, str(TRAIN), *plan.flags, *plan.corpus, *varied, *own, *more]
+    return [sys.executable, str(TRAIN), *plan.flags, *varied, *own, *more]
 
 def ask_train(plan, key, flag):
-    """What train.py prints at once, --dry-run or --prepare; where it refuses, it has said why."""
     asked = subprocess.run(command(plan, key, flag), stdout=subprocess.PIPE, text=True, **CHILD)
     if asked.returncode:
-        raise SystemExit(2)
-    return asked.stdout
+        raise SystemExit(2)     # it has said why
+    return asked.stdout     # of --dry-run or --prepare, which train.py answers at once
 
 def start(plan, key, slot):
-    """Starts train.py; each GPU has its share of the slots, and each run its share of the cores."""
     env = dict(os.environ)
     if plan.gpus:
-        env["CUDA_VISIBLE_DEVICES"] = plan.gpus[slot % len(plan.gpus)]
+        env["CUDA_VISIBLE_DEVICES"] = plan.gpus[slot % len(plan.gpus)]  # each has its share of the slots
     if plan.jobs > 1:
         env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // plan.jobs)))
     folder(plan, key).mkdir(parents=True, exist_ok=True)
@@ -373,20 +347,18 @@ def start(plan, key, slot):
         return subprocess.Popen(command(plan, key), stdout=subprocess.DEVNULL, stderr=log, env=env, **CHILD)
 
 def finish(plan, key):
-    """One run has ended: its loss, or the end of its log. Its status waits for better runs to judge it by."""
-    loss = losses(plan, [key])[key]
+    loss = losses(plan, [key])[key]     # the status waits for better runs to judge it by
     log = folder(plan, key) / "stderr.log"
     text = log.read_text(errors="replace")
     if not text:
         log.unlink()
     if loss is None:
-        tail = "\n".join(text.splitlines()[-6:])
-        print(f"{log.parent.name}: FAILED, the others go on. The end of {log}:\n{tail}")
+        print(f"{log.parent.name}: FAILED, the others go on. The end of {log}:")
+        print(*text.splitlines()[-6:], sep="\n")
     else:
         print(f"{log.parent.name}: val loss {loss:.3f}".replace("val loss inf", "diverged"))
 
 def execute(plan, keys):
-    """One round, plan.jobs runs at a time, a line as each ends."""
     running = {}    # slot: (key, process)
     try:
         while keys or running:
@@ -394,21 +366,27 @@ def execute(plan, keys):
                 if slot in running and running[slot][1].poll() is not None:
                     finish(plan, running.pop(slot)[0])
                 if slot not in running and keys:
-                    running[slot] = keys[0], start(plan, keys[0], slot)
-                    keys = keys[1:]
+                    key = keys.pop(0)
+                    running[slot] = key, start(plan, key, slot)
             time.sleep(0.05)
     finally:    # interrupted, or a full disk: Ctrl-C, on which each saves a checkpoint and ends
-        for _, process in running.values():
-            if os.name == "posix":  # elsewhere the console has told them
-                process.send_signal(signal.SIGINT)
-        for _, process in running.values():
-            process.wait()
+        processes = [process for _, process in running.values()]
+        try:
+            for process in processes:
+                if os.name == "posix":  # elsewhere the console has told them
+                    process.send_signal(signal.SIGINT)
+            for process in processes:
+                process.wait()
+        finally:    # a second Ctrl-C does not wait; a process that has ended is not killed
+            for process in processes:
+                process.kill()
+                process.wait()
 
 def prepare(plan, todo):
     """Once, before the first run: one corpus, one code, and one owner of the folder. Returns its lock."""
     if todo and len(plan.settings) > 1:     # each setting reads the corpus that the largest budget needs
         tokens = [int(ask_train(plan, (setting, *todo[0][1:]), "--dry-run")) for setting in plan.settings]
-        plan.corpus = ["--data-tokens", str(max(tokens))]
+        plan.flags = [*plan.flags, "--data-tokens", str(max(tokens))]
     if plan.dry_run:
         for key in todo:
             print(f"cd {shlex.quote(os.getcwd())} && {shlex.join(command(plan, key))}")
@@ -423,27 +401,27 @@ def prepare(plan, todo):
 
 def run_sweep(plan):
     """Round after round; a restart replays them, and finished runs answer at once. Then the report."""
-    made_with = (plot.read_json(plan.dir / "sweep.json") or vars(plan)).get("flags")
-    if made_with != plan.flags:
+    flags = plan.flags  # to which prepare adds
+    made_with = (plot.read_json(plan.dir / "sweep.json") or {}).get("flags", flags)
+    if made_with != flags:
         die(f"{plan.dir} was made with other flags, {made_with}; choose another --name")
-    asked = []
+    results = {}
     owner = ended = None
     while not ended:
-        results = losses(plan, asked)
         keys, ended = next_runs(results, plan)
-        asked += keys
         todo = [key for key, loss in losses(plan, keys).items() if loss is None]
         if todo or ended:
             owner = owner or prepare(plan, todo)
-            write_json(plan.dir / "sweep.json", dict(flags=plan.flags, ended=ended))
+            write_aside(plan.dir / "sweep.json", json.dumps(dict(flags=flags, ended=ended)).encode())
         execute(plan, todo)
+        results = losses(plan, [*results, *keys])
     text = report(plan.dir, plan.margin).split("## ")[0].replace("**", "")
     print(f"\n{text}Table, analysis and pictures: {plan.dir}")
     return int(None in results.values())
 
 # Analysis: insights.json --------------------------------------------------------------------------
 
-def analyse(runs, margin=0.01, ended=None):
+def analyse(runs, margin=0.01):
     """All that the sweep shows. Leaves status, loss (nats) and setting in the runs."""
     judge(runs)
     for run in runs:
@@ -451,125 +429,87 @@ def analyse(runs, margin=0.01, ended=None):
     tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in runs})
     winner, comparisons = compare_settings(tables, margin)
     settings = [analyse_setting(label, table, runs) for label, table in tables.items()]
-    best = None
-    for s in settings:
-        if s["label"] == winner:
-            best = dict(setting=winner, lr=s["best_lr"], val_loss=s["best_loss"], low=s["low"],
-                        high=s["high"])
-    insights = dict(best=best, use=best, ended=ended, margin=margin, comparisons=comparisons,
-                    settings=settings, runs=len(runs),
-                    minutes=sum(run["summary"].get("seconds") or 0 for run in runs) / 60,
-                    unfinished=[run["name"] for run in runs if run["loss"] is None],
-                    one_batch=any(run["args"].get("full_batch") for run in runs))
+    use = [dict(setting=winner, lr=s["best_lr"], val_loss=s["best_loss"], low=s["low"], high=s["high"])
+           for s in settings if s["label"] == winner] or [None]
+    minutes = sum(run["summary"].get("seconds") or 0 for run in runs) / 60
+    insights = dict(use=use[0], margin=margin, comparisons=comparisons, settings=settings, runs=len(runs),
+                    minutes=minutes, one_batch=any(run["args"].get("full_batch") for run in runs))
     return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
 
 def analyse_setting(label, table, runs):
     """One setting: what is known of its best rate, a row for each rate, and what these have in common."""
     best = best_rate(table)
-    s = dict(label=label, best_lr=best, best_loss=None, low=None, high=None, as_good=[], noise=None,
-             bracketed=False, edge=None, seeds=len(table.get(best, [])))
-    worse = []
-    if best:
-        worse, good, low, high = compare_rates(table, best)
-        squares, df = noise_near(table, best)
-        s.update(best_loss=mean(table[best].values()), low=low or None, high=high,
-                 as_good=[lr for lr in good if max(table[lr].values()) < math.inf],
-                 noise=math.sqrt(squares / df) if df else None, bracketed=len(neighbours(table, best)) == 2)
-    s["rates"] = rates = []
+    worse, good, low, high = compare_rates(table, best) if best else ([], [], None, None)
+    squares, df = noise_near(table, best) if best else (0, 0)
+    rates = []
     for lr in sorted(table):
         row = analyse_rate([run for run in runs if (run["setting"], run["lr"]) == (label, lr)])
         row.update(shown=lr in worse, difference=rise(table[lr], table.get(best, {})))
         if row["difference"] < math.inf:    # without its seeds' luck: in the order of the pairs
-            row["val_loss"] = s["best_loss"] + row["difference"]
+            row["val_loss"] = mean(table[best].values()) + row["difference"]
+        elif lr not in worse:   # it diverged with its only seed: nobody knows
+            row["shown"] = None
         rates.append(row)
-    if best:
-        s["edge"] = find_edge(rates, best)
-
     x = [[math.log(row["lr"]), row["val_loss"], row["val_accuracy"], row["val_perplexity"]]
          for row in rates if math.isfinite(row["val_loss"])]    # (rates that survived, 4)
     values = [row[1] for row in x] or [math.nan]
-    s["summary"] = dict(mean=mean(values), deviation=deviation(values), best=min(values), worst=max(values))
-    with np.errstate(all="ignore"):     # no variation, no correlation
-        correlations = np.corrcoef(x, rowvar=False)[0, 1:] if len(x) > 2 else [None] * 3
-    s["correlation"] = dict(zip(("loss", "accuracy", "perplexity"), correlations))
-    return s
+    summary = dict(mean=mean(values), deviation=deviation(values), best=min(values), worst=max(values))
+    correlation = [None] * 3
+    if len(x) > 2:
+        with np.errstate(all="ignore"):     # no variation, no correlation
+            correlation = np.corrcoef(x, rowvar=False)[0, 1:]
+    return dict(label=label, best_lr=best, best_loss=mean(table.get(best, {}).values()), low=low or None,
+                high=high, as_good=[lr for lr in good if max(table[lr].values()) < math.inf],
+                noise=math.sqrt(squares / df) if df else None, seeds=len(table.get(best, {})), rates=rates,
+                bracketed=bool(best) and len(neighbours(table, best)) == 2,
+                edge={status: first_above(best, rates, status) for status in plot.EDGE if best},
+                summary=summary,
+                correlation=dict(zip(("loss", "accuracy", "perplexity"), correlation)))
 
 def analyse_rate(runs):
-    """One rate over its seeds; the means are of those that survived."""
     runs = [run for run in runs if run["loss"] is not None]
-    alive = [run for run in runs if run["loss"] < math.inf]
+    alive = [run for run in runs if run["loss"] < math.inf]     # the means are of these
     states = [run["status"] for run in runs]
-    row = {name: mean(run["summary"].get("final_" + name) for run in alive)
-           for name in ("val_loss", "val_accuracy", "val_perplexity", "val_bpb")}
-    minutes = mean(run["summary"].get("seconds") for run in alive) / 60
-    return row | dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs],
-                      status=max(states, key=plot.STATUSES.index), unstable=states.count("unstable"),
-                      diverged=states.count("diverged"), deviation=deviation([run["loss"] for run in alive]),
-                      max_grad_norm=mean(run["summary"].get("max_grad_norm") for run in runs),
-                      accuracy_per_minute=row["val_accuracy"] / max(minutes, 1e-9))
+    row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], unstable=states.count("unstable"),
+               diverged=states.count("diverged"), status=max(states, key=plot.STATUSES.index),
+               deviation=deviation([run["loss"] for run in alive]),
+               max_grad_norm=mean(run["summary"].get("max_grad_norm") for run in runs))
+    for name in ("val_loss", "val_accuracy", "val_perplexity", "val_bpb"):
+        row[name] = mean(run["summary"].get("final_" + name) for run in alive)
+    seconds = mean(run["summary"].get("seconds") for run in alive)
+    row["accuracy_per_minute"] = row["val_accuracy"] / max(seconds / 60, 1e-9)
+    return row
 
-def find_edge(rates, best):
-    """The first unstable and the first diverged rate above the best, in how many of their seeds, and the rate
-    below the diverged one: runs begin to diverge somewhere between these two."""
-    edge = dict.fromkeys(("lr", "ratio", "survived", *plot.EDGE))
-    for below, row in reversed(list(itertools.pairwise(rates))):
-        for status in plot.EDGE:
-            if row["lr"] > best and row[status]:
-                edge["lr"] = row["lr"]
-                edge[status] = dict(lr=row["lr"], seeds=row[status], of=len(row["seeds"]))
-                if status == "diverged":
-                    edge.update(ratio=row["lr"] / best, survived=below["lr"])
-    return edge if edge["lr"] else None
+def first_above(best, rates, status):
+    for below, row in itertools.pairwise(rates):
+        if row["lr"] > best and row[status]:
+            return dict(lr=row["lr"], seeds=row[status], of=len(row["seeds"]), ratio=row["lr"] / best,
+                        below=below["lr"])
 
 # Report -------------------------------------------------------------------------------------------
 
 COLUMNS = ("steps", "final_val_loss", "final_val_accuracy", "final_val_perplexity", "final_val_bpb",
            "final_train_loss", "best_val_loss", "best_val_step", "max_grad_norm")   # no times: repeatable
-
-USE = "**Use {best_lr:g} {label}**, validation loss {best_loss:.3f} nats a token. It has "
-TESTED = """the lowest mean of {seeds} seeds. The optimum lies from {between}; paired tests show the limits \
-to be worse, 95% together (noise {noise:.4f} nats). As good, as far as {seeds} seeds can tell: {good}."""
-ONE_SEED = """the lowest loss with **one seed**; another seed may have another best. As a rule of thumb, not \
-a test, the optimum lies from {between}; the limits are over 0.1 nats worse. As good, as far as one seed can \
-tell: {good}."""
-ONE_RATE = "no rival: no other rate survived all its {seeds} seeds, and where the optimum lies is not known."
-DIVERGE = """Runs begin to diverge somewhere between {survived:g} and there, at {least:.1f} to {ratio:.1f} \
-times the best rate; by the folk rule 2 to 4 is usual, less is near the edge, more is conservative."""
-RATES = """## Rates {label}
-
-`difference`: nats above the best, paired over seeds; `shown`: to be worse."""
-
-def answer(s):
-    """The rate to use, how sure that is, and between which rates the optimum lies."""
-    limits = [f"{lr:g}" if lr else "no known limit" for lr in (s["low"], s["high"])]
-    good = [f"{lr:g}" for lr in s["as_good"] if lr != s["best_lr"]]
-    text = TESTED
-    if s["noise"] is None:
-        text = ONE_SEED if s["seeds"] == 1 else ONE_RATE
-    text = (USE + text).format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
-    return text.replace(" **,", "**,")
-
-def edge_text(s):
-    """The two edges, and the folk rule."""
-    edge = s["edge"] or {}
-    text = []
-    for status in plot.EDGE:
-        if edge.get(status):
-            first = "The first {} rate above the best is {lr:g}, in {seeds} of {of} seeds."
-            text.append(first.format(status, **edge[status]))
-        else:
-            text.append(f"No rate from the best to {s['rates'][-1]['lr']:g} was {status}.")
-    if edge.get("diverged"):
-        text.append(DIVERGE.format(**edge, least=edge["survived"] / s["best_lr"]))
-    return " ".join(text)
+ANSWERS = {
+    "tested": """the lowest mean of {seeds} seeds. The optimum lies from {between}; paired tests show the \
+limits to be worse, 95% together (noise {noise:.4f} nats). As good, as far as {seeds} seeds can tell: \
+{good}.""",
+    "one seed": """the lowest loss with **one seed**; another may have another best. As a rule of thumb, not \
+a test, the optimum lies from {between}; the limits are over 0.1 nats worse. As good, it seems: {good}.""",
+    "one rate": "no rival: no other rate survived all its {seeds} seeds. Where the optimum lies is unknown."}
+EDGES = {
+    "unstable": "The first unstable rate above the best is {lr:g}, in {seeds} of {of} seeds.",
+    "diverged": """The first diverged rate above the best is {lr:g}, in {seeds} of {of} seeds. Runs begin to \
+diverge somewhere between {below:g} and there, {ratio:.1f} times the best rate; by the folk rule 2 to 4 is \
+usual, less is near the edge, more is conservative."""}
+RATES = "`difference`: nats above the best, paired over seeds; `shown`: to be worse (empty: no pair tells)."
 
 def markdown(rows, columns):
-    """A table of some columns of insights.json."""
     lines = [columns.split(), ["---"] * len(columns.split())]
     for row in rows:
         cells = [row[column] for column in lines[0]]
-        lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("None", "")
+        lines.append([f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace(" None ", "  ")
 
 def write_up(insights):
     """lr_sweep_analysis.md, the answer first. Every number in it comes out of insights."""
@@ -586,54 +526,58 @@ def write_up(insights):
         text.append("## Settings, each at its best rate (same: within {margin:g} nats)".format(**insights))
         text.append(markdown(comparisons, "better worse difference low high seeds verdict"))
     for s in insights["settings"]:
-        text.append(RATES.format(**s))
+        text += [f"## Rates {s['label']}".strip(), RATES]
         text.append(markdown(s["rates"], "lr seeds status unstable diverged difference shown val_bpb"))
         if use and use["setting"] == s["label"]:
-            first = answer(s)
-        if s["best_lr"]:
-            text.append(edge_text(s))
+            limits = [f"{lr:g}" if lr else "no known limit" for lr in (s["low"], s["high"])]
+            good = [f"{lr:g}" for lr in s["as_good"] if lr != s["best_lr"]]
+            name = "tested"
+            if s["noise"] is None:
+                name = "one seed" if s["seeds"] == 1 else "one rate"
+            why = ANSWERS[name].format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
+            first = f"**Use {s['best_lr']:g} {s['label']}".strip()
+            first += f"**, validation loss {s['best_loss']:.3f} nats a token. It has {why}"
+        for status, first_edge in s["edge"].items():
+            none = f"No rate from the best to {s['rates'][-1]['lr']:g} was {status}."
+            text.append(EDGES[status].format(**first_edge) if first_edge else none)
         text.append("Over the rates that survived, and the correlation of their log rate with:")
         text.append(markdown([s["summary"] | s["correlation"]],
                              "mean deviation best worst loss accuracy perplexity"))
     if insights["one_batch"]:
-        first = ("These runs fit one batch again and again: their validation loss recommends no rate. "
-                 "Look at sharpness.png and edge_of_stability.png.")
-    return "\n\n".join(["# Which learning rate?", first, *text]).replace(" \n", "\n") + "\n"
-
-def write_json(path, value):
-    write_aside(path, json.dumps(value, indent=1).encode())
+        first = "These runs fit one batch: their validation loss recommends no rate. Look at sharpness.png."
+    return "\n\n".join(["# Which learning rate?", first, *text]) + "\n"
 
 def report(dir, margin):
     """Reads the runs under dir, and writes table, analysis and all pictures there; returns the analysis."""
     runs = comparable(dir)
     if not runs:
         die(f"{dir} holds no run with a readable config.json")
-    meta = plot.read_json(dir / "sweep.json") or {}
-    insights = analyse(runs, margin, meta.get("ended") or "goes on: the same command continues it")
-    names = [run["name"] for run in runs]
-    insights["unfinished"] += sorted(x.name for x in dir.iterdir() if x.is_dir() and x.name not in names)
-    rows = [["setting", "lr", "seed", "status", *COLUMNS]]
+    insights = analyse(runs, margin)
+    ended = (plot.read_json(dir / "sweep.json") or {}).get("ended")
+    insights["ended"] = ended or "goes on: the same command continues it"
+    done = [run["name"] for run in runs if run["loss"] is not None]
+    insights["unfinished"] = sorted(x.name for x in dir.iterdir() if x.is_dir() and x.name not in done)
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["setting", "lr", "seed", "status", *COLUMNS])
     for run in runs:
         values = [run["summary"].get(column) for column in COLUMNS]     # csv writes None as nothing
-        rows.append([run["setting"], f"{run['lr']:g}", run["seed"], run["status"], *values])
+        rows.writerow([run["setting"], f"{run['lr']:g}", run["seed"], run["status"], *values])
         if not (run["dir"] / "loss_curves.png").exists():
             plot.draw_run(run["dir"])
     text = write_up(insights)
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(rows)
     write_aside(dir / "summary_table.csv", table.getvalue().encode())
     write_aside(dir / "lr_sweep_analysis.md", text.encode())
-    write_json(dir / "insights.json", insights)
+    write_aside(dir / "insights.json", json.dumps(insights, indent=1).encode())
     plot.draw_sweep(dir, runs, insights)
     return text
 
 # Command line -------------------------------------------------------------------------------------
 
 def learning_rate(text):
-    rate = float(f"{float(text):g}")
-    if not 1e-9 <= rate <= 1e6:
+    if not 1e-9 <= float(text) <= 1e6:
         raise ValueError
-    return rate
+    return float(f"{float(text):g}")    # as folders are named
 
 def positive(text):
     if not 1 <= int(text) <= 999_999:
@@ -654,8 +598,8 @@ def parse_vary(texts):
         axes.append(rows)
     return [sum(combination, ()) for combination in itertools.product(*axes)]
 
-def parse_flags(argv):
-    """-> the flags of the study and of argv; those for train.py; and of these, the ones in argv."""
+def make_plan(argv):
+    """The flags, checked, and what follows from them: flags and settings of the runs, dir, gpus, jobs."""
     about = "Sweep the learning rate. Flags not listed here go on to train.py."
     p = argparse.ArgumentParser("sweep.py", allow_abbrev=False, add_help=False, description=about,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -663,22 +607,18 @@ def parse_flags(argv):
     add = p.add_argument
     add("--preset", choices=GRIDS, default="tiny", help="of the model")
     add("--study", choices=STUDIES, help="a named plan, which sets defaults of the others")
-    first, _ = p.parse_known_args(argv)
+    first, _ = p.parse_known_args(argv)     # these two decide the defaults of the others
+    own, fixed = STUDIES.get(first.study, ("", ""))
     grid = GRIDS[first.preset]
-
     def multiple(text):
         return learning_rate(f"{float(text) * grid[(len(grid) - 1) // 2]:.2g}")
-
     add("-h", "--help", action="help", help="show this and stop")
     add("--lrs", nargs="+", type=learning_rate, default=grid, help="rates to start from")
-    add("--around", nargs="+", type=multiple, dest="lrs", default=argparse.SUPPRESS,
-        help="instead of --lrs: multiples of the middle rate that --preset starts from")
+    add("--around", nargs="+", type=multiple, dest="lrs", help="the same, as multiples of the middle one")
     add("--seeds", type=positive, default=1, help="of the rates that matter")
-    add("--refine", type=int, default=0, choices=range(10),
-        help="halve the distance between rates around the best, so often")
+    add("--refine", type=int, default=0, choices=range(10), help="how often to halve steps around the best")
     add("--vary", action="append", default=[], help="FLAG=V1,V2 of train.py, or FLAG1,FLAG2=A:B,C:D")
-    add("--widen", action=argparse.BooleanOptionalAction, default=True,
-        help="go outward to the edge and close in on the best; --no-widen: only the rates given")
+    add("--widen", action=argparse.BooleanOptionalAction, default=not own, help="search beyond these rates")
     add("--max-runs", type=positive, help="at most this many; None: 16 for each setting and seed")
     add("--jobs", type=positive, help="runs at once; None: as many as pay")
     add("--margin", type=float, default=0.01, help="nats: settings within it are called the same")
@@ -687,15 +627,11 @@ def parse_flags(argv):
     add("--mix-code", action="store_true", help="compare runs of edited code with those before the edit")
     add("--dry-run", action="store_true", help="print the next round's commands, one a line, and stop")
     add("--report", type=Path, help="analyse and draw again what lies in this folder, and stop")
-    args, flags = p.parse_known_args(STUDIES.get(first.study, "").split() + argv)
-    return args, flags, p.parse_known_args(argv)[1]
-
-def make_plan(argv):
-    """The flags, checked, with what the search and its runs need besides."""
-    plan, flags, given = parse_flags(argv)
-    own = {"--lr", "--seed", "--out", "--resume", "--prepare", "--data-tokens"}
-    for word in own.intersection(word.split("=")[0] for word in flags):
-        die(f"{word} is set by the sweep; see --lrs, --seeds and --name in --help")
+    plan, given = p.parse_known_args(own.split() + argv)
+    plan.flags = ["--preset", plan.preset, "--device", plan.device, *fixed.split(), *given]
+    for word in given:
+        if word.split("=")[0] in ("--lr", "--seed", "--out", "--resume", "--prepare", "--data-tokens"):
+            die(f"{word} is set by the sweep; see --lrs, --seeds and --name in --help")
     if plan.name is None:
         words = [plan.preset, plan.study or "", *(text.split("=")[0] for text in plan.vary), *given]
         plan.name = re.sub(r"[^\w.+]+", "-", " ".join(words))[:150].strip("-")
@@ -704,8 +640,6 @@ def make_plan(argv):
     if not 0 <= plan.margin < math.inf:
         die(f"--margin {plan.margin}: a number of nats, from 0")
     plan.dir = Path("runs") / plan.name
-    plan.flags = ["--preset", plan.preset, "--device", plan.device, *flags]
-    plan.corpus = []
     plan.settings = parse_vary(plan.vary)
     plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
     plan.gpus = visible_gpus(plan.device)
@@ -725,16 +659,18 @@ def main(argv):
         print(report(plan.report, plan.margin))
         return 0
     for name in {"SIGINT", "SIGTERM", "SIGHUP"}.intersection(dir(signal)):
-        signal.signal(getattr(signal, name), on_signal)
-    return run_sweep(plan)
+        signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
+    try:
+        return run_sweep(plan)
+    except SystemExit as end:
+        if end.code > 128:  # by one of these signals
+            print("stopped; every run keeps what it has. The same command goes on")
+        raise
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except Stopped:
-        print("stopped; every run keeps what it has. The same command goes on")
-        raise
     except BrokenPipeError:     # whoever read the lines has gone (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

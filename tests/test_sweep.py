@@ -1,6 +1,7 @@
 """The sweep: what it tries, what it concludes, and that it survives being interrupted. Most tests run
 fake_train.py in place of train.py: the same flags and files, losses from a known law, milliseconds a run."""
 import csv
+import hashlib
 import json
 import math
 import os
@@ -213,7 +214,7 @@ def test_a_sweep_end_to_end(tmp_path):
     setting = insights["settings"][0]
     assert setting["bracketed"] and setting["noise"] > 0
     assert setting["edge"]["diverged"]["of"] == 1
-    assert setting["edge"]["survived"] < setting["edge"]["diverged"]["lr"]
+    assert setting["edge"]["diverged"]["below"] < setting["edge"]["diverged"]["lr"]
     assert insights["use"]["low"] <= 2e-3 <= insights["use"]["high"]
     alive = [row for row in setting["rates"] if row["val_loss"]]
     ordered = sorted((row["val_loss"], row["difference"]) for row in alive)
@@ -232,6 +233,31 @@ def test_a_sweep_end_to_end(tmp_path):
     other = run(tmp_path, "--name", "tiny-max-steps-30", "--max-steps", "31")
     assert other.returncode == 2 and "other flags" in other.stderr
     assert other.stderr.count("\n") == 1
+
+
+def test_a_rate_is_shown_to_be_worse_or_not_or_nobody_knows():
+    """With the only seed of several, a rate that diverged may have had bad luck."""
+    def shown(losses):
+        runs = []
+        for (lr, seed), loss in losses.items():
+            status = "converged" if loss < math.inf else "diverged"
+            summary = dict(status=status, final_val_loss=loss)
+            train = dict(train_loss=np.linspace(7, min(loss, 7), 40))
+            runs.append(dict(name=f"lr{lr:g}-s{seed}", lr=lr, seed=seed, status=status, summary=summary,
+                             train=train, args={}))
+        insights = sweep.analyse(runs)
+        text = sweep.write_up(dict(insights, ended="ended", unfinished=[]))
+        found = insights["settings"][0]["rates"]
+        for row in found:
+            cells = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {row['lr']:g} |")]
+            assert cells[0][6] == str(row["shown"]).replace("None", "")
+        return {row["lr"]: row["shown"] for row in found}
+
+    several = {(1e-3, 0): 2.0, (1e-3, 1): 2.01, (0.0123456, 0): 1.9, (0.0123456, 1): 1.91, (0.1, 0): math.inf,
+               (0.3, 0): math.inf, (0.3, 1): math.inf, (0.02, 0): 1.903, (0.02, 1): 1.909}
+    assert shown(several) == {1e-3: True, 0.0123456: False, 0.02: False, 0.1: None, 0.3: True}
+    assert shown({(1e-3, 0): 2.0, (3e-3, 0): 2.05, (1, 0): math.inf}) == {1e-3: False, 3e-3: False, 1: True}
+    assert shown({(0.1, 0): math.inf}) == {0.1: None}
 
 
 def test_one_seed_says_what_it_cannot_show(tmp_path):
@@ -356,6 +382,28 @@ def test_edited_code_is_not_mixed_with_old(tmp_path):
     assert len(rows(tmp_path / "runs/tiny")) == 4
 
 
+def test_all_edited_files_and_old_runs_are_named_in_one_line(tmp_path, monkeypatch, capsys):
+    code = {}
+    for name in ("model.py", "optim.py", "train.py"):
+        (tmp_path / name).write_text("# old\n")
+        code[name] = hashlib.sha256(b"# old\n").hexdigest()
+    monkeypatch.setattr(sweep, "TRAIN", tmp_path / "train.py")
+    for i in range(1, 41):
+        (tmp_path / f"runs/lr{i}-s0").mkdir(parents=True)
+        config = dict(args=dict(lr=i, seed=0), code=code)
+        (tmp_path / f"runs/lr{i}-s0/config.json").write_text(json.dumps(config))
+    assert len(sweep.comparable(tmp_path / "runs", mix_code=False)) == 40
+    (tmp_path / "model.py").write_text("# new\n")
+    (tmp_path / "optim.py").unlink()
+    with pytest.raises(SystemExit) as refusal:
+        sweep.comparable(tmp_path / "runs", mix_code=False)
+    message = capsys.readouterr().err
+    assert refusal.value.code == 2
+    assert "since lr1-s0, lr2-s0, lr3-s0" in message and ", ... began (model.py, optim.py)" in message
+    assert message.count("\n") == 1 and len(message) < 400
+    assert len(sweep.comparable(tmp_path / "runs", mix_code=True)) == 40
+
+
 def test_runs_of_other_data_are_refused(tmp_path):
     assert run(tmp_path, "--lrs", "1e-3", "3e-3", "--no-widen").returncode == 0
     path = tmp_path / "runs/tiny/lr0.001-s0/config.json"
@@ -436,6 +484,45 @@ def test_stopped_at_random_moments_it_ends_like_one_left_alone(tmp_path):
         assert sys.platform != "linux" or not orphans(tmp_path / "killed")   # which would go on writing
     assert run(tmp_path / "killed", *flags).returncode == 0
     assert rows(tmp_path / "whole/runs/tiny") == rows(tmp_path / "killed/runs/tiny")
+
+
+WITHOUT_LINUX = """
+import sys, sweep
+sweep.CHILD.pop("preexec_fn", None)     # by which a child dies with its parent
+sys.exit(sweep.main(sys.argv[1:]))
+"""
+STUBBORN = """
+import os, pathlib, signal, sys, time
+if "--prepare" not in sys.argv:
+    signal.signal(signal.SIGINT, lambda *_: pathlib.Path("asked").write_text("yes"))
+    pathlib.Path("started").write_text(str(os.getpid()))
+    while True:
+        time.sleep(0.05)
+"""
+
+
+def wait_for(path):
+    while not (path.exists() and path.stat().st_size):
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def test_a_second_ctrl_c_kills_what_does_not_end(tmp_path):
+    program = tmp_path / "stubborn.py"
+    program.write_text(STUBBORN)
+    command = [sys.executable, "-c", WITHOUT_LINUX, "--lrs", "1e-3", "--no-widen"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(program, PYTHONPATH=str(ROOT)),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = int(wait_for(tmp_path / "started"))
+    process.send_signal(signal.SIGINT)
+    wait_for(tmp_path / "asked")
+    assert process.poll() is None   # it waits for the run's checkpoint
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == ""
+    assert out.count("The same command goes on") == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 def test_gpus_and_jobs(monkeypatch, tmp_path):
