@@ -290,7 +290,8 @@ def comparable(dir, mix_code=True):
     old = []        # runs of the time before
     for run in runs:
         data = run["config"].get("data") or {}
-        corpora[data.get("train_sha256"), data.get("val_sha256")] = run["name"]
+        if data:    # else config.json is damaged
+            corpora[data.get("train_sha256"), data.get("val_sha256")] = run["name"]
         began = run["config"].get("code") or {}
         changed = [name for name in began if began[name] != code.get(name)]
         if changed:
@@ -392,7 +393,6 @@ def prepare(plan, todo):
             print(f"cd {shlex.quote(os.getcwd())} && {shlex.join(command(plan, key))}")
         raise SystemExit(0)
     if todo:
-        comparable(plan.dir, plan.mix_code)
         ask_train(plan, todo[0], "--prepare")   # in plain sight
         print(f"runs go to {plan.dir}, {plan.jobs} at a time")
     else:
@@ -410,6 +410,8 @@ def run_sweep(plan):
     while not ended:
         keys, ended = next_runs(results, plan)
         todo = [key for key, loss in losses(plan, keys).items() if loss is None]
+        if todo and not plan.dry_run:   # in each round: somebody may have edited what it reads
+            comparable(plan.dir, plan.mix_code)
         if todo or ended:
             owner = owner or prepare(plan, todo)
             write_aside(plan.dir / "sweep.json", json.dumps(dict(flags=flags, ended=ended)).encode())
@@ -432,8 +434,9 @@ def analyse(runs, margin=0.01):
     use = [dict(setting=winner, lr=s["best_lr"], val_loss=s["best_loss"], low=s["low"], high=s["high"])
            for s in settings if s["label"] == winner] or [None]
     minutes = sum(run["summary"].get("seconds") or 0 for run in runs) / 60
-    insights = dict(use=use[0], margin=margin, comparisons=comparisons, settings=settings, runs=len(runs),
-                    minutes=minutes, one_batch=any(run["args"].get("full_batch") for run in runs))
+    insights = dict(best=use[0], use=use[0], margin=margin, comparisons=comparisons, settings=settings,
+                    runs=len(runs), minutes=minutes,
+                    one_batch=any(run["args"].get("full_batch") for run in runs))
     return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
 
 def analyse_setting(label, table, runs):
@@ -462,8 +465,7 @@ def analyse_setting(label, table, runs):
                 high=high, as_good=[lr for lr in good if max(table[lr].values()) < math.inf],
                 noise=math.sqrt(squares / df) if df else None, seeds=len(table.get(best, {})), rates=rates,
                 bracketed=bool(best) and len(neighbours(table, best)) == 2,
-                edge={status: first_above(best, rates, status) for status in plot.EDGE if best},
-                summary=summary,
+                edge=find_edge(rates, best) if best else None, summary=summary,
                 correlation=dict(zip(("loss", "accuracy", "perplexity"), correlation)))
 
 def analyse_rate(runs):
@@ -480,11 +482,18 @@ def analyse_rate(runs):
     row["accuracy_per_minute"] = row["val_accuracy"] / max(seconds / 60, 1e-9)
     return row
 
-def first_above(best, rates, status):
-    for below, row in itertools.pairwise(rates):
-        if row["lr"] > best and row[status]:
-            return dict(lr=row["lr"], seeds=row[status], of=len(row["seeds"]), ratio=row["lr"] / best,
-                        below=below["lr"])
+def find_edge(rates, best):
+    """The first unstable and the first diverged rate above the best, in how many of their seeds, and the rate
+    below the diverged one: runs begin to diverge somewhere between these two. None: neither was found."""
+    edge = dict.fromkeys(("lr", "ratio", "survived", *plot.EDGE))
+    for below, row in reversed(list(itertools.pairwise(rates))):
+        for status in plot.EDGE:
+            if row["lr"] > best and row[status]:
+                edge["lr"] = row["lr"]
+                edge[status] = dict(lr=row["lr"], seeds=row[status], of=len(row["seeds"]))
+                if status == "diverged":
+                    edge.update(ratio=row["lr"] / best, survived=below["lr"])
+    return edge if edge["lr"] else None
 
 # Report -------------------------------------------------------------------------------------------
 
@@ -497,18 +506,20 @@ limits to be worse, 95% together (noise {noise:.4f} nats). As good, as far as {s
     "one seed": """the lowest loss with **one seed**; another may have another best. As a rule of thumb, not \
 a test, the optimum lies from {between}; the limits are over 0.1 nats worse. As good, it seems: {good}.""",
     "one rate": "no rival: no other rate survived all its {seeds} seeds. Where the optimum lies is unknown."}
-EDGES = {
-    "unstable": "The first unstable rate above the best is {lr:g}, in {seeds} of {of} seeds.",
-    "diverged": """The first diverged rate above the best is {lr:g}, in {seeds} of {of} seeds. Runs begin to \
-diverge somewhere between {below:g} and there, {ratio:.1f} times the best rate; by the folk rule 2 to 4 is \
-usual, less is near the edge, more is conservative."""}
+FIRST = "The first {} rate above the best is {lr:g}, in {seeds} of {of} seeds."
+DIVERGE = """Runs begin to diverge somewhere between {survived:g} and there, at {least:.1f} to {ratio:.1f} \
+times the best rate; by the folk rule 2 to 4 is usual, less is near the edge, more is conservative."""
 RATES = "`difference`: nats above the best, paired over seeds; `shown`: to be worse (empty: no pair tells)."
 
 def markdown(rows, columns):
+    """A table of some columns of insights.json."""
     lines = [columns.split(), ["---"] * len(columns.split())]
     for row in rows:
-        cells = [row[column] for column in lines[0]]
-        lines.append([f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in cells])
+        cells = []
+        for column in lines[0]:
+            digits = ".6g" if column == "lr" else ".4g"
+            cells.append(format(row[column], digits) if isinstance(row[column], float) else str(row[column]))
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace(" None ", "  ")
 
 def write_up(insights):
@@ -537,9 +548,14 @@ def write_up(insights):
             why = ANSWERS[name].format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
             first = f"**Use {s['best_lr']:g} {s['label']}".strip()
             first += f"**, validation loss {s['best_loss']:.3f} nats a token. It has {why}"
-        for status, first_edge in s["edge"].items():
-            none = f"No rate from the best to {s['rates'][-1]['lr']:g} was {status}."
-            text.append(EDGES[status].format(**first_edge) if first_edge else none)
+        edge = s["edge"] or {}
+        for status in plot.EDGE:
+            if edge.get(status):
+                text.append(FIRST.format(status, **edge[status]))
+            elif s["best_lr"]:
+                text.append(f"No rate from the best to {s['rates'][-1]['lr']:g} was {status}.")
+        if edge.get("diverged"):
+            text.append(DIVERGE.format(**edge, least=edge["survived"] / s["best_lr"]))
         text.append("Over the rates that survived, and the correlation of their log rate with:")
         text.append(markdown([s["summary"] | s["correlation"]],
                              "mean deviation best worst loss accuracy perplexity"))
@@ -667,8 +683,9 @@ def main(argv):
             print("stopped; every run keeps what it has. The same command goes on")
         raise
 
-
 if __name__ == "__main__":
+    if sys.stdout is None:      # closed by whoever started this
+        sys.stdout = open(os.devnull, "w")
     try:
         sys.exit(main(sys.argv[1:]))
     except BrokenPipeError:     # whoever read the lines has gone (| head)

@@ -214,7 +214,7 @@ def test_a_sweep_end_to_end(tmp_path):
     setting = insights["settings"][0]
     assert setting["bracketed"] and setting["noise"] > 0
     assert setting["edge"]["diverged"]["of"] == 1
-    assert setting["edge"]["diverged"]["below"] < setting["edge"]["diverged"]["lr"]
+    assert setting["edge"]["survived"] < setting["edge"]["diverged"]["lr"]
     assert insights["use"]["low"] <= 2e-3 <= insights["use"]["high"]
     alive = [row for row in setting["rates"] if row["val_loss"]]
     ordered = sorted((row["val_loss"], row["difference"]) for row in alive)
