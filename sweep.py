@@ -45,7 +45,7 @@ from data import DataError, cores, lock, write_aside
 
 TRAIN = Path(os.environ.get("NANOLR_TRAIN") or Path(__file__).with_name("train.py")).resolve()
 GRIDS = {   # where the search starts
-    "tiny": [1e-3, 3e-3, 1e-2, 0.3, 1.0],
+    "tiny": [1e-3, 3e-3, 1e-2, 3e-2, 0.3],
     "dense": [1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3, 1e-2],
     "dense-low": [1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3, 1e-2],
     "moe": [0.01, 0.02, 0.035, 0.05, 0.065, 0.085, 0.1, 0.15, 0.3],
@@ -150,7 +150,7 @@ def compare_rates(table, best):
         if not d and len(table[lr]) == 1 < len(table[best]):
             continue    # it diverged, which with one seed of several may be bad luck
         gain = 0
-        if all(rise(table[x], table[lr]) > 0 for x in neighbours(table, lr)):
+        if all(0 < rise(table[x], table[lr]) < math.inf for x in neighbours(table, lr)):
             gain = max(finer_gains(table, lr).values())     # a valley of its own, whose bottom may be lower
         if not d or mean(d) > half_width(d, noise, k, NEAR) + gain:
             worse.append(lr)

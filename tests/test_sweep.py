@@ -235,6 +235,13 @@ def test_a_sweep_end_to_end(tmp_path):
     assert other.stderr.count("\n") == 1
 
 
+def test_a_rate_beyond_a_diverged_one_is_judged_by_its_own_losses():
+    losses = {1e-3: 4.6, 3e-3: 4.0, 1e-2: 4.1, 0.3: math.inf, 1.0: 6.3}
+    table = {lr: {0: loss} for lr, loss in losses.items()}
+    worse, good, low, high = sweep.compare_rates(table, 3e-3)
+    assert 1.0 in worse and good == [3e-3, 1e-2] and (low, high) == (1e-3, 0.3)
+
+
 def test_a_rate_is_shown_to_be_worse_or_not_or_nobody_knows():
     """With the only seed of several, a rate that diverged may have had bad luck."""
     def shown(losses):
