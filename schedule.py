@@ -72,7 +72,7 @@ def make_schedule(name, max_steps, warmup_ratio=0.1, min_lr_ratio=0.1):
     return factor
 
 class Plateau:
-    """Halves the rate, down to the floor, when `patience` evaluations did not improve the best loss enough."""
+    """Halves the rate, down to the floor, when `patience` evaluations did not better the best loss enough."""
     def __init__(self, warmup_steps, floor):
         self.warmup_steps = warmup_steps
         self.floor = floor

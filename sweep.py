@@ -505,8 +505,8 @@ limits to be worse, 95% together (noise {noise:.4f} nats). As good, as far as {s
 {good}.""",
     "one seed": """the lowest loss with **one seed**; another may have another best. As a rule of thumb, not \
 a test, the optimum lies from {between}; the limits are over 0.1 nats worse. As good, it seems: {good}.""",
-    "one rate": """no rival: no other rate survived all its {seeds} seeds, if one was tried. Where the optimum \
-lies is unknown."""}
+    "one rate": """no rival: no other rate survived all its {seeds} seeds, if one was tried. Where the \
+optimum lies is unknown."""}
 FIRST = "The first {} rate above the best is {lr:g}, in {seeds} of {of} seeds."
 DIVERGE = """Runs begin to diverge somewhere between {survived:g} and there, at {least:.1f} to {ratio:.1f} \
 times the best rate; by the folk rule 2 to 4 is usual, less is near the edge, more is conservative."""
