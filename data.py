@@ -32,7 +32,6 @@ import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from heapq import heappop, heappush
 from http.client import HTTPException
@@ -147,25 +146,24 @@ def train_bpe(piece_counts, vocab_size):
     index tells which words may hold a pair, so that a merge costs no more than what it changes."""
     tokens = [EOT, *sorted(CHAR_TO_BYTE)]
     symbols = {byte: chr(tokens.index(char)) for byte, char in BYTE_TO_CHAR.items()}
-    frequency = list(piece_counts.values())
-    words = [""] * len(frequency)
+    words = dict.fromkeys(piece_counts, "")  # the symbols of each piece
     counts = Counter()  # of each pair
-    places = defaultdict(list)  # the words that hold it, or did
+    places = defaultdict(list)  # the pieces that hold it, or did
     changed = set()  # pairs whose counts are not in the queue
 
-    def rewrite(i, word, new=""):
-        n = frequency[i]
-        for pair in map(add, words[i], words[i][1:]):
+    def rewrite(piece, word, new=""):
+        n, old = piece_counts[piece], words[piece]
+        for pair in map(add, old, old[1:]):
             counts[pair] -= n
         for pair in map(add, word, word[1:]):
             counts[pair] += n
             if new in pair:
-                places[pair].append(i)
+                places[pair].append(piece)
                 changed.add(pair)
-        words[i] = word
+        words[piece] = word
 
-    for i, piece in enumerate(piece_counts):
-        rewrite(i, piece.encode().decode("latin-1").translate(symbols))
+    for piece in piece_counts:
+        rewrite(piece, piece.encode().decode("latin-1").translate(symbols))
     queue = [(0, "")]  # the last to go, when no pair is left
     merges = []
     while len(tokens) < vocab_size:
@@ -182,9 +180,9 @@ def train_bpe(piece_counts, vocab_size):
         merges.append(f"{a} {b}")
         new = chr(len(tokens))
         tokens.append(a + b)
-        for i in places.pop(pair):
-            if pair in words[i]:  # no earlier merge took it
-                rewrite(i, words[i].replace(pair, new), new)
+        for piece in places.pop(pair):
+            if pair in words[piece]:  # no earlier merge took it
+                rewrite(piece, words[piece].replace(pair, new), new)
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
     return Tokenizer({"version": "1.0", "added_tokens": [{"id": 0, "content": EOT, "special": True, **flags}],
@@ -315,16 +313,15 @@ def read(files):
 def choose_validation(documents):
     """The documents to validate on: the lowest hashes, until they have 5% of the bytes (10% of few). So equal
     documents are on the same side. A document larger than all that stays out."""
-    sizes = {document: len(document.encode()) for document in documents}
-    hashes = {d: hashlib.blake2b(d.encode(), digest_size=8).digest()[::-1] for d in sizes}
-    total = sum(map(sizes.get, documents))
-    target = max(total // 20, min(total // 10, 1 << 16))
-    largest = max(target, min(sizes.values(), default=0))
+    sizes = [len(document.encode()) for document in documents]
+    target = max(sum(sizes) // 20, min(sum(sizes) // 10, 1 << 16))
+    largest = max(target, min(sizes, default=0))
     chosen, n_bytes = set(), 0
-    for document in sorted(documents, key=hashes.get):
-        if n_bytes < target and sizes[document] <= largest:
+    for document in sorted(documents, key=lambda d: hashlib.blake2b(d.encode(), digest_size=8).digest()[::-1]):
+        size = len(document.encode())
+        if n_bytes < target and size <= largest:
             chosen.add(document)
-            n_bytes += sizes[document]
+            n_bytes += size
     return [document for document in documents if document in chosen]
 
 def count(batch):
@@ -377,34 +374,24 @@ def prepare(files, val_files, tokenizer, vocab_size, folder):
 
 # Loading: a prepared corpus, its batches and its validation windows -------------------------------
 
-@dataclass
 class Corpus:
-    folder: Path
-    meta: dict
-    tokenizer: Tokenizer
-    token_bytes: np.ndarray  # (vocab_size,) int64, the bytes that each id stands for, 0 for <|endoftext|>
-    train: np.ndarray  # (train_tokens,) uint16, mapped from the file
-    val: np.ndarray  # (val_tokens,) uint16
-
-def count_tokens(tokens, vocab_size):
-    """(vocab_size,) how often each id occurs; a part at a time, as bincount makes int64 of it."""
-    parts = np.array_split(tokens, len(tokens) // CHUNK + 1)
-    return sum(np.bincount(part, minlength=vocab_size) for part in parts)
-
-def open_corpus(folder, label):
-    """The corpus in a folder, with a meta that is counted from its files alone."""
-    path = folder / "tokenizer.json"
-    tokenizer = Tokenizer.load(path)
-    token_bytes = np.array(list(map(len, tokenizer.bytes)))
-    token_bytes[tokenizer.eot] = 0
-    meta = {"corpus": label, "vocab_size": tokenizer.vocab_size}
-    meta["tokenizer_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    sides = {side: np.memmap(folder / f"{side}.bin", "<u2", "r") for side in ("train", "val")}
-    for side, tokens in sides.items():
-        meta[f"{side}_bytes"] = int(count_tokens(tokens, tokenizer.vocab_size) @ token_bytes)
-        meta[f"{side}_tokens"] = len(tokens)
-        meta[f"{side}_sha256"] = hashlib.sha256(tokens).hexdigest()
-    return Corpus(folder, meta, tokenizer, token_bytes, **sides)
+    """What is in a prepared folder: tokenizer, train and val ((n,) uint16 ids, mapped from the files),
+    token_bytes ((vocab_size,), the bytes an id stands for, 0 for <|endoftext|>), and meta, counted anew."""
+    def __init__(self, folder, label):
+        path = folder / "tokenizer.json"
+        self.folder = folder
+        self.tokenizer = Tokenizer.load(path)
+        self.token_bytes = np.array(list(map(len, self.tokenizer.bytes)))
+        self.token_bytes[self.tokenizer.eot] = 0
+        self.train = np.memmap(folder / "train.bin", "<u2", "r")
+        self.val = np.memmap(folder / "val.bin", "<u2", "r")
+        self.meta = {"corpus": label, "vocab_size": self.tokenizer.vocab_size}
+        self.meta["tokenizer_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        for side, tokens in ("train", self.train), ("val", self.val):
+            parts = np.array_split(tokens, len(tokens) // CHUNK + 1)  # the sizes of all would fill the memory
+            self.meta[f"{side}_bytes"] = sum(int(self.token_bytes[part].sum()) for part in parts)
+            self.meta[f"{side}_tokens"] = len(tokens)
+            self.meta[f"{side}_sha256"] = hashlib.sha256(tokens).hexdigest()
 
 def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
     """The corpus `name` (stdlib, tinystories, cosmopedia or a path) with at most vocab_size tokens, prepared
@@ -427,14 +414,14 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
         meta = folder / "meta.json"
         with lock(folder, wait=True):  # of several processes one prepares it
             with suppress(Exception):  # whatever is missing or damaged, it is made anew
-                corpus = open_corpus(folder, label)
+                corpus = Corpus(folder, label)
                 if corpus.meta == json.loads(meta.read_bytes()):
                     return corpus
             if name in NETWORK:
                 with lock(cache / "downloads", wait=True):
                     text = NETWORK[name](cache / "downloads", megabytes, vocab_size)
             prepare(*text, vocab_size, folder)
-            corpus = open_corpus(folder, label)
+            corpus = Corpus(folder, label)
             meta.write_text(json.dumps(corpus.meta, indent=1))  # the last file: without it there is no corpus
             return corpus
     except (BrokenExecutor, MemoryError):
@@ -459,21 +446,13 @@ def lock(folder, wait=False):
     owner is waited for (wait), or named in a DataError."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "a+")
-    while True:
+    if os.name != "nt":  # Windows has no fcntl: there nobody is kept out
+        import fcntl
         try:
-            if os.name == "nt":
-                import msvcrt
-                file.seek(1 << 30)  # a byte beyond the process's number, which stays readable
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             file.seek(0)
-            if not wait:
-                raise DataError(f"{folder} is in use by process {file.read()}: wait, or stop it") from None
-            time.sleep(0.1)
+            raise DataError(f"{folder} is in use by process {file.read()}: wait, or stop it") from None
     file.truncate(0)
     print(os.getpid(), end="", file=file, flush=True)
     return file
@@ -517,13 +496,12 @@ def main():
         parser.error(f"--tokens {args.tokens:g}: use a number from 1 to 1e12")
     try:
         corpus = load(args.name, args.vocab_size, int(args.tokens), args.cache)
-        meta = corpus.meta
-        bytes_per_token = meta["train_bytes"] / meta["train_tokens"]
-        p = count_tokens(corpus.train, meta["vocab_size"]) / meta["train_tokens"]
+        p = np.bincount(corpus.train, minlength=len(corpus.token_bytes)) / len(corpus.train)
+        bytes_per_token = p @ corpus.token_bytes
         bits_per_byte = -p @ np.log2(p + 1e-30) / bytes_per_token
         (sys.stdout or sys.stderr).reconfigure(errors="backslashreplace")  # show any token in any locale
-        print("{}: a vocabulary of {vocab_size:,}, {train_tokens:,} tokens of text, {val_tokens:,} to "
-              "validate on, {:.2f} bytes a token".format(corpus.folder, bytes_per_token, **meta))
+        print(f"{corpus.folder}: a vocabulary of {len(p):,}, {len(corpus.train):,} tokens of text, "
+              f"{len(corpus.val):,} to validate on, {bytes_per_token:.2f} bytes a token")
         print(f"Knowing only how often each token occurs: {bits_per_byte:.3f} bits a byte. Models do better.")
         print("The validation text begins (| between tokens):")
         print("|".join(corpus.tokenizer.decode([i]) for i in corpus.val[:150]), flush=True)
