@@ -8,16 +8,14 @@ byte pair encoding (BPE) is trained on the others, and both become flat files of
 BPE (Sennrich et al. 2016; on bytes: Radford et al. 2019) starts from the 256 bytes and again and again makes
 the most frequent pair of neighbours a new token. Two ideas make it fast in plain Python. Merges never cross a
 piece (a word with its leading space, a number, a run of punctuation), so equal pieces are counted and merged
-once. And a piece is a str whose characters are token ids: merging a pair is str.replace, putting a document
-together is str.join, and writing it as 16-bit ids is encoding it as UTF-16.
+once. And a piece is a str whose characters are token ids: to merge is str.replace, 16-bit ids are UTF-16.
 
     python data.py stdlib                      # the running Python's own library: no network
     python data.py my.txt --vocab-size 1000    # or a folder; each file is a document
     python data.py tinystories --tokens 4e7    # from the Hugging Face hub, as much as 40 M tokens need
 
-prepares a corpus under data/ and shows what a model will see. tokenizer.json is the format of Hugging Face's
-`tokenizers` library, both ways, with the same ids for every character that this Python's Unicode tables know
-(unicodedata.unidata_version: 13 in Python 3.10, 15.1 in 3.13); a newer letter may be cut into other pieces.
+prepares a corpus under data/ and shows what a model will see. tokenizer.json is one of Hugging Face's library
+`tokenizers`, with the same ids but for letters newer than this Python's Unicode (13 in 3.10, 15.1 in 3.13).
 """
 
 import argparse
@@ -34,20 +32,17 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from heapq import heappop, heappush
-from http.client import HTTPException
 from itertools import chain
 from multiprocessing import parent_process
 from operator import add
 from pathlib import Path
 from threading import Thread
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import numpy as np
 from tqdm import tqdm
 
 EOT = "<|endoftext|>"
-CHUNK = 1 << 20  # bytes or ids at a time
 
 class DataError(ValueError):
     """Bad input, in one line: what is wrong, with which value, and what to do."""
@@ -75,10 +70,9 @@ PLAIN_KEYS = {"type", "unk_token", "vocab", "merges", "id", "content", "special"
 
 def pieces(text, pattern=GPT2_PATTERN):
     """The pieces of a text, a list of str."""
-    numbers = ""
-    if not text.isascii():
-        numbers = "".join(sorted(c for c in set(text) if unicodedata.category(c) in ("No", "Nl")))
-    return re.findall(pattern.replace("NUM", numbers), text)
+    characters = set() if text.isascii() else set(text)  # ASCII has no such numbers
+    numbers = sorted(c for c in characters if unicodedata.category(c) in ("No", "Nl"))
+    return re.findall(pattern.replace("NUM", "".join(numbers)), text)
 
 class Tokenizer:
     """Byte-level BPE from the content of a tokenizer.json; DataError if it may give other ids here than in
@@ -184,9 +178,9 @@ def train_bpe(piece_counts, vocab_size):
             if pair in words[piece]:  # no earlier merge took it
                 rewrite(piece, words[piece].replace(pair, new), new)
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    eot = {"id": 0, "content": EOT, "special": True, **flags}
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
-    return Tokenizer({"version": "1.0", "added_tokens": [{"id": 0, "content": EOT, "special": True, **flags}],
-                      "pre_tokenizer": GPT2, "decoder": GPT2, "model": model})
+    return Tokenizer(dict(version="1.0", added_tokens=[eot], pre_tokenizer=GPT2, decoder=GPT2, model=model))
 
 # Corpora: which files hold the text ---------------------------------------------------------------
 
@@ -212,9 +206,9 @@ def receive(url, file, n_bytes):
 
 def download(url, path, n_bytes=10**15):
     """Fetch a text file, or its first n_bytes, unless it is there, fetched or put there by hand. It arrives
-    in path.part, whose length says where to go on, and gets its name when it is complete."""
+    in path.part, whose length says where to go on, and gets its name when it is complete. Returns path."""
     if path.exists():
-        return
+        return path
     part = path.with_name(path.name + ".part")
     failures = 0
     with open(part, "ab") as raw, tqdm.wrapattr(raw, "write", desc=path.name, disable=None) as file:
@@ -223,24 +217,22 @@ def download(url, path, n_bytes=10**15):
             try:
                 receive(url, file, n_bytes)
                 break
-            except (URLError, HTTPException, ConnectionError, TimeoutError, ValueError) as e:
+            except Exception as e:  # networks fail in many ways
                 failures = 1 if file.tell() > have else failures + 1
                 status = getattr(e, "code", 500 if file.tell() else 400)  # no network, if nothing ever came
-                passing = status >= 500 or status in (408, 416, 429)
-                if failures > 5 or not passing or isinstance(e, ValueError):
+                if failures > 5 or status < 500 and status not in (408, 416, 429):
                     raise DataError(f"cannot fetch {path.name} from {url} ({e}): put it at {path} by hand, "
                                     "or use --data stdlib, which needs no network") from None
                 if status == 416:  # what is here is longer than the file
                     file.seek(file.truncate(0))
                 time.sleep(2**failures)
-    part.replace(path)
+    return part.replace(path)
 
 def tinystories(folder, megabytes, vocab_size):
     """Short stories in the words of small children (Eldan & Li 2023), as GPT-4 wrote them: 2.2 GB."""
     url = f"{HUB}/datasets/roneneldan/TinyStories/resolve/{REVISION}/TinyStoriesV2-GPT4"
+    val = download(f"{url}-valid.txt", folder / "TinyStoriesV2-GPT4-valid.txt")
     train = folder / f"TinyStoriesV2-GPT4-train-{megabytes}MB.txt"
-    val = folder / "TinyStoriesV2-GPT4-valid.txt"
-    download(f"{url}-valid.txt", val)
     download(f"{url}-train.txt", train, megabytes << 20)
     return [train], [val], None
 
@@ -248,13 +240,11 @@ def cosmopedia(folder, megabytes, vocab_size):
     """Synthetic textbooks and posts (Ben Allal et al. 2024); the published tokenizer, if of that size."""
     text, tokenizer = "", None
     if vocab_size == 49_152:
-        path = folder / "cosmo2-tokenizer.json"
-        download(f"{HUB}/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json", path)
-        tokenizer = Tokenizer.load(path)
+        published = f"{HUB}/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json"
+        tokenizer = Tokenizer.load(download(published, folder / "cosmo2-tokenizer.json"))
     url = f"{ROWS}/rows?dataset=HuggingFaceTB%2Fsmollm-corpus&config=cosmopedia-v2&split=train&length=100"
     for offset in range(0, 10**9, 100):
-        page = folder / f"cosmopedia-v2-rows-{offset}.json"
-        download(f"{url}&offset={offset}", page)
+        page = download(f"{url}&offset={offset}", folder / f"cosmopedia-v2-rows-{offset}.json")
         try:
             rows = [row["row"]["text"] or "" for row in json.loads(page.read_bytes())["rows"]]
             text += EOT.join([*rows, ""])
@@ -287,14 +277,13 @@ def files_of(name, cache):
 # Preparing: documents go to one process a core ----------------------------------------------------
 
 def read(files):
-    """(documents, files that are no UTF-8 text). A document is what stands between <|endoftext|>, or a file.
-    A single file without <|endoftext|> is cut at ends of lines, so that plain text has a validation side too:
-    neighbours of training text, never the same."""
+    """(documents, files that are no UTF-8 text). A document is what stands between <|endoftext|>, or a file. A
+    lone file without it is cut at ends of lines: its validation side is then neighbours of training text."""
     documents, skipped = [], []
     for path in files:
         try:
             with open(path, encoding="utf-8", newline="") as file:
-                text = file.read(CHUNK)
+                text = file.read(1 << 20)
                 if "\0" in text:  # do not read on: it may be huge
                     raise ValueError("binary")
                 text += file.read()
@@ -313,11 +302,12 @@ def read(files):
 def choose_validation(documents):
     """The documents to validate on: the lowest hashes, until they have 5% of the bytes (10% of few). So equal
     documents are on the same side. A document larger than all that stays out."""
+    hashes = {d: hashlib.blake2b(d.encode(), digest_size=8).digest()[::-1] for d in documents}
     sizes = [len(document.encode()) for document in documents]
     target = max(sum(sizes) // 20, min(sum(sizes) // 10, 1 << 16))
     largest = max(target, min(sizes, default=0))
     chosen, n_bytes = set(), 0
-    for document in sorted(documents, key=lambda d: hashlib.blake2b(d.encode(), digest_size=8).digest()[::-1]):
+    for document in sorted(documents, key=hashes.get):
         size = len(document.encode())
         if n_bytes < target and size <= largest:
             chosen.add(document)
@@ -388,15 +378,15 @@ class Corpus:
         self.meta = {"corpus": label, "vocab_size": self.tokenizer.vocab_size}
         self.meta["tokenizer_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         for side, tokens in ("train", self.train), ("val", self.val):
-            parts = np.array_split(tokens, len(tokens) // CHUNK + 1)  # the sizes of all would fill the memory
+            parts = np.array_split(tokens, len(tokens) // 10**6 + 1)  # the sizes of all would fill the memory
             self.meta[f"{side}_bytes"] = sum(int(self.token_bytes[part].sum()) for part in parts)
             self.meta[f"{side}_tokens"] = len(tokens)
             self.meta[f"{side}_sha256"] = hashlib.sha256(tokens).hexdigest()
 
 def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
     """The corpus `name` (stdlib, tinystories, cosmopedia or a path) with at most vocab_size tokens, prepared
-    in a folder under `cache` unless it is there. n_tokens: how many training tokens a run will read; no more
-    is fetched from the network than that. Raises DataError for what a user can put right."""
+    in a folder under `cache` unless it is there. n_tokens: what a run will read; no more is fetched. Raises
+    DataError for what a user can put right."""
     if not 257 <= vocab_size <= 65536:
         raise DataError(f"a vocabulary of {vocab_size:,} is not possible: use 257 (bytes, {EOT}) to 65,536")
     cache = Path(os.path.abspath(cache))
@@ -436,8 +426,6 @@ def write_aside(path, content):
     try:
         aside.write_bytes(content)
         aside.replace(path)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -457,30 +445,27 @@ def lock(folder, wait=False):
     print(os.getpid(), end="", file=file, flush=True)
     return file
 
-def windows(tokens, context_length):
-    """(len(tokens) - context_length, context_length + 1): every window, as a view."""
+def windows(tokens, context_length, starts):
+    """x, y: (B, T) int64 tensors on the CPU, the windows that begin at starts (B,); y is one token later."""
+    import torch  # not on top: the processes that prepare a corpus need none
     if len(tokens) <= context_length:
         raise DataError(f"only {len(tokens):,} tokens: use --context-length {len(tokens) - 1} or less")
-    return np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)
-
-def inputs_and_targets(chosen):
-    """x, y: (B, T) int64 tensors on the CPU from windows (B, T + 1), y one token later."""
-    import torch  # not on top: the processes that prepare a corpus need none
-    both = torch.from_numpy(chosen.astype(np.int64))
+    places = starts[:, None] + np.arange(context_length + 1)  # (B, T + 1)
+    both = torch.from_numpy(tokens[places].astype(np.int64))
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 def get_batch(tokens, batch_size, context_length, seed, step):
     """x, y: (batch_size, context_length) int64, drawn by a counter-based generator (Philox, Salmon et al.
     2011) with the key (seed, step): every rate sees the same batches, and resuming needs no state of it."""
-    every = windows(tokens, context_length)
     random = np.random.Generator(np.random.Philox(key=seed % 2**64 + (step << 64)))
-    return inputs_and_targets(every[random.integers(0, len(every), batch_size)])
+    n = max(len(tokens) - context_length, 1)  # a text with none is refused by windows()
+    return windows(tokens, context_length, random.integers(0, n, batch_size))
 
 def val_windows(tokens, context_length, max_tokens):
     """x, y: (W, context_length) int64: always the same windows, evenly spread and apart; W >= 1."""
-    apart = windows(tokens, context_length)[::context_length]
-    n = min(max(max_tokens // context_length, 1), len(apart))
-    return inputs_and_targets(apart[np.arange(n) * len(apart) // n])
+    n_apart = max((len(tokens) - 1) // context_length, 1)
+    n = min(max(max_tokens // context_length, 1), n_apart)
+    return windows(tokens, context_length, np.arange(n) * n_apart // n * context_length)
 
 # python data.py NAME ------------------------------------------------------------------------------
 
