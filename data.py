@@ -140,24 +140,25 @@ def train_bpe(piece_counts, vocab_size):
     index tells which words may hold a pair, so that a merge costs no more than what it changes."""
     tokens = [EOT, *sorted(CHAR_TO_BYTE)]
     symbols = {byte: chr(tokens.index(char)) for byte, char in BYTE_TO_CHAR.items()}
-    words = dict.fromkeys(piece_counts, "")  # the symbols of each piece
+    frequency = list(piece_counts.values())
+    words = [""] * len(frequency)
     counts = Counter()  # of each pair
-    places = defaultdict(list)  # the pieces that hold it, or did
+    places = defaultdict(list)  # the words that hold it, or did
     changed = set()  # pairs whose counts are not in the queue
 
-    def rewrite(piece, word, new=""):
-        n, old = piece_counts[piece], words[piece]
-        for pair in map(add, old, old[1:]):
+    def rewrite(i, word, new=""):
+        n = frequency[i]
+        for pair in map(add, words[i], words[i][1:]):
             counts[pair] -= n
         for pair in map(add, word, word[1:]):
             counts[pair] += n
             if new in pair:
-                places[pair].append(piece)
+                places[pair].append(i)
                 changed.add(pair)
-        words[piece] = word
+        words[i] = word
 
-    for piece in piece_counts:
-        rewrite(piece, piece.encode().decode("latin-1").translate(symbols))
+    for i, piece in enumerate(piece_counts):
+        rewrite(i, piece.encode().decode("latin-1").translate(symbols))
     queue = [(0, "")]  # the last to go, when no pair is left
     merges = []
     while len(tokens) < vocab_size:
@@ -174,9 +175,9 @@ def train_bpe(piece_counts, vocab_size):
         merges.append(f"{a} {b}")
         new = chr(len(tokens))
         tokens.append(a + b)
-        for piece in places.pop(pair):
-            if pair in words[piece]:  # no earlier merge took it
-                rewrite(piece, words[piece].replace(pair, new), new)
+        for i in places.pop(pair):
+            if pair in words[i]:  # no earlier merge took it
+                rewrite(i, words[i].replace(pair, new), new)
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     eot = {"id": 0, "content": EOT, "special": True, **flags}
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
@@ -277,8 +278,8 @@ def files_of(name, cache):
 # Preparing: documents go to one process a core ----------------------------------------------------
 
 def read(files):
-    """(documents, files that are no UTF-8 text). A document is what stands between <|endoftext|>, or a file. A
-    lone file without it is cut at ends of lines: its validation side is then neighbours of training text."""
+    """(documents, files that are no UTF-8 text). A document is what stands between <|endoftext|>, or a file.
+    A lone file without it is cut at ends of lines: its validation side is neighbours of training text."""
     documents, skipped = [], []
     for path in files:
         try:
@@ -385,8 +386,7 @@ class Corpus:
 
 def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
     """The corpus `name` (stdlib, tinystories, cosmopedia or a path) with at most vocab_size tokens, prepared
-    in a folder under `cache` unless it is there. n_tokens: what a run will read; no more is fetched. Raises
-    DataError for what a user can put right."""
+    under `cache` unless it is there. Fetches no more than n_tokens need. DataError: for the user to mend."""
     if not 257 <= vocab_size <= 65536:
         raise DataError(f"a vocabulary of {vocab_size:,} is not possible: use 257 (bytes, {EOT}) to 65,536")
     cache = Path(os.path.abspath(cache))
