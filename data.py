@@ -32,11 +32,13 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from heapq import heappop, heappush
+from http.client import HTTPException
 from itertools import chain
 from multiprocessing import parent_process
 from operator import add
 from pathlib import Path
 from threading import Thread
+from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -218,10 +220,11 @@ def download(url, path, n_bytes=10**15):
             try:
                 receive(url, file, n_bytes)
                 break
-            except Exception as e:  # networks fail in many ways
+            except (URLError, HTTPException, ConnectionError, TimeoutError, ValueError) as e:
                 failures = 1 if file.tell() > have else failures + 1
                 status = getattr(e, "code", 500 if file.tell() else 400)  # no network, if nothing ever came
-                if failures > 5 or status < 500 and status not in (408, 416, 429):
+                passing = status >= 500 or status in (408, 416, 429)
+                if failures > 5 or not passing or isinstance(e, ValueError):
                     raise DataError(f"cannot fetch {path.name} from {url} ({e}): put it at {path} by hand, "
                                     "or use --data stdlib, which needs no network") from None
                 if status == 416:  # what is here is longer than the file
@@ -426,6 +429,8 @@ def write_aside(path, content):
     try:
         aside.write_bytes(content)
         aside.replace(path)
+    except OSError as e:  # a full disk says no name
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
 
