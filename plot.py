@@ -193,7 +193,7 @@ def save(fig, path):
     """With one legend beside the panels; written aside and renamed, so that none sees half a picture."""
     legend = {label: line for ax in fig.axes for line, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(legend.values(), legend.keys(), loc="outside right upper", frameon=False, fontsize=8,
-               ncols=1 + len(legend) // 28)
+               handlelength=4, ncols=1 + len(legend) // 28)
     aside = path.with_name(path.name + ".tmp")
     fig.savefig(aside, format="png", bbox_inches="tight")
     return aside.replace(path)

@@ -366,15 +366,14 @@ def read_folder(out, args, meta, device):
     saved, path = None, out / "checkpoints/last.pt"
     try:
         with zipfile.ZipFile(path) as archive:          # with a checksum for each tensor
-            if archive.testzip():
-                raise ValueError("wrong checksum")
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        pass
+            damaged = archive.testzip()
+        saved = None if damaged else torch.load(path, map_location=device, weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):       # it is not the file's fault
         raise
-    except Exception as e:      # torch, pickle and zipfile raise a dozen kinds for a damaged file
-        print(f"{path} is damaged ({type(e).__name__}) and is not used", file=sys.stderr)
+    except Exception:           # torch, pickle and zipfile raise a dozen kinds for a damaged file
+        pass
+    if path.exists() and not saved:
+        print(f"{path} is damaged and is not used", file=sys.stderr)
     if saved and "started" not in saved:
         fail(f"{path} was written by an older version; choose another --out")
     started = saved["started"] if saved else plot.read_json(out / "config.json") or {}
@@ -410,7 +409,6 @@ def run(args, config):
     corpus = data.load(args.data, config.vocab_size, n_tokens)
     def get_batch(n, step):         # x and y: (2, n, T)
         return torch.stack(data.get_batch(corpus.train, n, config.context_length, args.seed, step))
-    get_batch(1, 0)                 # is the text long enough?
     windows = torch.stack(data.val_windows(corpus.val, config.context_length, args.eval_tokens))
     bytes_per_token = float(corpus.token_bytes[windows[1].numpy()].mean())
 
