@@ -313,7 +313,9 @@ def draw_losses(runs, look, rows, insights):
     if use:
         blue = dict(color=COLOURS["best"], zorder=0)
         left, right = ax.get_xlim()     # the optimum may lie beyond the rates tried
-        ax.axvspan(use["low"] or left, use["high"] or right, alpha=0.12, label="holds the optimum", **blue)
+        if use["low"] or use["high"]:   # else nothing is known of it
+            limits = (use["low"] or left, use["high"] or right)
+            ax.axvspan(*limits, alpha=0.12, label="holds the optimum", **blue)
         ax.axvline(use["lr"], label=f"use {use['lr']:g} {use['setting']}", **blue)
         edges = {s["label"]: s["edge"] or {} for s in insights["settings"]}
         for status, line in zip(EDGE, (":", "--")):

@@ -5,15 +5,14 @@
     python sweep.py --vary optimizer=adamw,muon any train.py flag, each value at its own best rate
     python sweep.py --dry-run                   the next round's commands, one a line: Slurm, xargs, Ray
 
-The search is a function from the results to the next runs: an interrupted sweep replays it and goes on. The
-statistics assume that loss against log rate falls to one valley and rises again, and rest on pairing: a seed
-gives every rate the same initial weights and batches, so its luck drops out (checked: tests/simulate.py).
+The search is a function from the results to the next runs: an interrupted sweep replays it and goes on. Loss
+against log rate is assumed to fall to one valley and rise again. A seed gives every rate the same initial
+weights and batches, so that differences between rates are paired: its luck drops out (tests/simulate.py).
 
-    use       the tried rate with the lowest mean over all seeds; what was not run is never recommended
     noise     residuals of loss[rate, seed] - mean of the rate - mean of the seed (Fisher 1935), near the best
     shown     a rate is worse where its mean paired difference to the best exceeds t(df) s / sqrt(seeds): s is
               sqrt(2) noise, or the deviation of the differences if larger; t stands at 1 - 0.025 / k for k
-              rates compared (Bonferroni). A rate that diverged with two seeds, all of them, is worse too
+              rates compared (Bonferroni). One that diverged with two seeds, all of them, is worse too
     interval  the optimum lies between the nearest rates below and above that are shown to be worse; those in
               between are as good, as far as the seeds can tell. One seed knows no noise: 0.1 nats stand in
     settings  are compared at their best rates. What a finer grid could still gain widens the interval of the
@@ -22,20 +21,20 @@ gives every rate the same initial weights and batches, so its luck drops out (ch
 import argparse
 import csv
 import ctypes
-import functools
 import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from functools import cache
+from math import comb, inf, isfinite, log, nan, pi, sqrt, tan
 from pathlib import Path
 
 import numpy as np
@@ -71,32 +70,32 @@ WORTH = 0.03    # nats that a finer grid must promise before one setting is sear
 
 # Statistics: functions of a table {rate: {seed: loss}}; inf is the loss of a run that diverged ---
 
-@functools.cache
+@cache
 def t_quantile(p, df):
     """Student's t. With t = sqrt(df) tan(a) its density becomes cos(a)^(df - 1), which a sum integrates."""
-    angle = np.linspace(0, math.pi / 2, 5_001)
+    angle = np.linspace(0, pi / 2, 5_001)
     density = np.cos(angle) ** (df - 1)
     cdf = np.cumsum(density) - (density + 1) / 2    # the trapezoid rule, without its factor
-    return math.sqrt(df) * math.tan(np.interp(2 * p - 1, cdf / cdf[-1], angle))
+    return sqrt(df) * tan(np.interp(2 * p - 1, cdf / cdf[-1], angle))
 
 def mean(values):
     known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else math.nan
+    return float(np.mean(known)) if known else nan
 
 def deviation(values):
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return float(np.std(values, ddof=1)) if len(values) > 1 else nan
 
 def paired(row, other):
     """Differences row - other, {seed: loss} each, over the seeds that survived in both."""
-    differences = [loss - other.get(seed, math.inf) for seed, loss in row.items()]
-    return [d for d in differences if math.isfinite(d)]
+    differences = [loss - other.get(seed, inf) for seed, loss in row.items()]
+    return [d for d in differences if isfinite(d)]
 
 def rise(row, other):
-    return mean(paired(row, other) or [math.inf])
+    return mean(paired(row, other) or [inf])
 
 def best_rate(table):
     """The lowest mean of the rates that survived in all their seeds and have the most; None: none did."""
-    means = {lr: (-len(row), mean(row.values())) for lr, row in table.items() if max(row.values()) < math.inf}
+    means = {lr: (-len(row), mean(row.values())) for lr, row in table.items() if max(row.values()) < inf}
     return min(means, key=means.get, default=None)
 
 def neighbours(table, lr):
@@ -106,8 +105,8 @@ def neighbours(table, lr):
 
 def noise_near(table, best):
     """Sum of squared two-way residuals (nats^2) and df, of the three best rates or all within NEAR."""
-    rows = [[row.get(seed, math.inf) for seed in table[best]] for row in table.values()]
-    rows = sorted((row for row in rows if max(row) < math.inf), key=mean)
+    rows = [[row.get(seed, inf) for seed in table[best]] for row in table.values()]
+    rows = sorted((row for row in rows if max(row) < inf), key=mean)
     near = sum(mean(row) < mean(rows[0]) + NEAR for row in rows)
     x = np.array(rows[:max(3, near)])      # (rates, seeds)
     residuals = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
@@ -118,53 +117,48 @@ def half_width(differences, noise, k, unknown):
     squares, df = noise
     if not df:
         return unknown
-    spread = np.nanmax([math.sqrt(2 * squares / df), deviation(differences)])
-    return float(t_quantile(1 - 0.025 / k, df) * spread / math.sqrt(len(differences)))
+    spread = np.nanmax([sqrt(2 * squares / df), deviation(differences)])
+    return float(t_quantile(1 - 0.025 / k, df) * spread / sqrt(len(differences)))
 
 def finer_gains(table, lr):
     """{neighbour: nats by which the loss between it and this rate could be lower still}: a convex valley lies
     above the chords before and after the gap, extended. At an end of the grid: inf, the loss can be any."""
     around = neighbours(table, lr)
     if len(around) < 2:
-        return dict.fromkeys(around, math.inf)
-    points = [(math.log(rate / lr), max(0, rise(row, table[lr]))) for rate, row in sorted(table.items())]
-    points = [point for point in points if point[1] < math.inf]     # (log rate, nats)
+        return dict.fromkeys(around, inf)
+    points = [(log(rate / lr), max(0, rise(row, table[lr]))) for rate, row in sorted(table.items())]
+    points = [point for point in points if point[1] < inf]  # (log rate, nats)
     gains = {}
     for near in around:
-        gap = np.linspace(0, math.log(near / lr), 200)
+        gap = np.linspace(0, log(near / lr), 200)
         before = [point for point in points if point[0] <= gap.min()]
         after = [point for point in points if point[0] >= gap.max()]
         chords = [chord for chord in (before[-2:], after[:2]) if len(chord) == 2]
         lines = [np.polyval(np.polyfit(*np.transpose(chord), 1), gap) for chord in chords]
-        gains[near] = max(0, -np.max(lines, axis=0, initial=-math.inf).min())
+        gains[near] = max(0, -np.max(lines, axis=0, initial=-inf).min())
     return gains
 
 def compare_rates(table, best):
-    """-> rates shown to be worse than the best, as good ones, the nearest worse around these (or 0, inf)."""
+    """-> {rate: is it shown to be worse than the best}, where that is known; the nearest worse, or 0, inf."""
     noise = noise_near(table, best)
     pairs = {lr: paired(row, table[best]) for lr, row in table.items() if lr != best}
     k = sum(len(d) > 1 for d in pairs.values())
-    good = [best]
-    worse = []
+    shown = {best: False}
     for lr, d in pairs.items():
         if not d and len(table[lr]) == 1 < len(table[best]):
             continue    # it diverged, which with one seed of several may be bad luck
         gain = 0
-        if all(0 < rise(table[x], table[lr]) < math.inf for x in neighbours(table, lr)):
+        if all(0 < rise(table[x], table[lr]) < inf for x in neighbours(table, lr)):
             gain = max(finer_gains(table, lr).values())     # a valley of its own, whose bottom may be lower
-        if not d or mean(d) > half_width(d, noise, k, NEAR) + gain:
-            worse.append(lr)
-        else:
-            good.append(lr)
-    low = max((lr for lr in worse if lr < min(good)), default=0)
-    high = min((lr for lr in worse if lr > max(good)), default=math.inf)
-    return worse, sorted(good), low, high
+        shown[lr] = not d or mean(d) > half_width(d, noise, k, NEAR) + gain
+    good = [lr for lr in shown if not shown[lr]]
+    low = max((lr for lr in shown if lr < min(good)), default=0)
+    high = min((lr for lr in shown if lr > max(good)), default=inf)
+    return shown, low, high
 
 def compare_settings(tables, margin):
     """{label: table} -> the best label (None: all diverged), its comparisons with others (insights.json)."""
-    rows = {}
-    gain = {}
-    noise = np.zeros(2)
+    rows, gain, noise = {}, {}, np.zeros(2)
     for label, table in tables.items():
         best = best_rate(table)
         if best:
@@ -172,14 +166,14 @@ def compare_settings(tables, margin):
             gain[label] = max(finer_gains(table, best).values(), default=0)
             noise += noise_near(table, best)
     winner = min(rows, key=lambda label: mean(rows[label].values()), default=None)
+    if rows and not noise[1]:   # one rate each: the noise is what remains between settings
+        noise = noise_near(rows, winner)
     comparisons = []
     for label, row in rows.items():
         d = paired(row, rows[winner])
         if label == winner or not d:
             continue
-        if not noise[1]:    # one rate each: the noise is what remains between settings
-            noise = noise_near(rows, winner)
-        half = half_width(d, noise, math.comb(len(rows), 2), math.inf)  # the best came out of all pairs
+        half = half_width(d, noise, comb(len(rows), 2), inf)    # the best came out of all pairs
         low = mean(d) - half - gain[label]
         high = mean(d) + half + gain[winner]
         verdict = "shown" if low > 0 else "not shown"
@@ -199,7 +193,7 @@ def stages(table, plan):
     rates = []
     if plan.widen and table and best in (None, min(table)):
         rates.append(float(f"{min(table) / 3:.0e}"))
-    if plan.widen and best and not any(lr > best and math.inf in row.values() for lr, row in table.items()):
+    if plan.widen and best and not any(lr > best and inf in row.values() for lr, row in table.items()):
         rates.append(float(f"{max(table) * 3.3:.0e}"))
     # Between the best and its neighbours, until both are within a factor of 2, or closer where that pays.
     gains = finer_gains(table, best) if best else {}
@@ -207,20 +201,21 @@ def stages(table, plan):
         limit = 2.05    # rates have two digits
         if len(plan.settings) > 1 and gain > plan.margin / 2:   # it blurs their difference
             limit = 1.25
-        elif gain > WORTH and len(table[best]) == 1 and max(table[lr].values()) < math.inf:
+        elif gain > WORTH and len(table[best]) == 1 and max(table[lr].values()) < inf:
             limit = 1.4
-        far = abs(math.log(lr / best)) > math.log(limit) / 2 ** plan.refine     # each halves the log distance
+        far = abs(log(lr / best)) > log(limit) / 2 ** plan.refine     # each halves the log distance
         if far and len(gains) == 2 and (plan.widen or plan.refine):
-            rates.append(float(f"{np.clip(math.sqrt(best * lr), best / 2, best * 2):.2g}"))
+            rates.append(float(f"{np.clip(sqrt(best * lr), best / 2, best * 2):.2g}"))
     yield [(lr, 0) for lr in rates]
     # Seeds for the best and its neighbours, then for all not shown to be worse, with the next ones outside.
     rates = [best, *neighbours(table, best)] if best else []
     if best and len(table[best]) > 1:
-        worse, good, _, _ = compare_rates(table, best)
+        shown, _, _ = compare_rates(table, best)
+        good = sorted(lr for lr in shown if not shown[lr])
         rates = good + neighbours(table, good[0])[:1] + neighbours(table, good[-1])[-1:]
-        rates = [lr for lr in rates if lr not in worse]
+        rates = [lr for lr in rates if not shown.get(lr)]
     yield [(lr, seed) for lr in rates for seed in range(plan.seeds)
-           if seed < 2 or min(table[lr].values()) < math.inf]   # two that diverged are enough
+           if seed < 2 or min(table[lr].values()) < inf]   # two that diverged are enough
 
 def tables_of(results):
     """{(setting, rate, seed): loss} -> {setting: table}, without the failed runs, whose loss is None."""
@@ -255,56 +250,48 @@ def die(message):
     print(f"sweep.py: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-def folder(plan, key):
-    setting, lr, seed = key
-    varied = ",".join(f"{flag}={value}" for flag, value in setting)     # optimizer=muon-lr0.003-s0
-    return plan.dir / re.sub(r"[^\w.+=,-]+", "_", f"{varied}-lr{lr:g}-s{seed}".lstrip("-"))
+def run_name(key):
+    setting, lr, seed = key     # optimizer=muon-lr0.003-s0
+    return re.sub(r"[^\w.+=,-]+", "_", f"{','.join(setting)}-lr{lr:g}-s{seed}".lstrip("-"))
+
+def refuse_mixture(runs, mix_code):
+    """Dies at runs of other data than the first's or, without mix_code, of other code than there is now."""
+    now = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in TRAIN.parent.glob("*.py")}
+    mixed = {}  # run: of what it began with another
+    for run in runs:
+        began = {"data": str(run["config"].get("data"))}    # hashes of its texts and its tokenizer
+        now = began | now
+        if not mix_code:
+            began.update(run["config"].get("code") or {})
+        changed = dict(began.items() - now.items())
+        if changed:
+            mixed[run["name"]] = changed
+    if mixed:
+        names = textwrap.shorten(", ".join(mixed), 200, placeholder=" ...")
+        other = ", ".join(sorted(set().union(*mixed.values())))
+        die(f"{names} began with other {other}; choose another --name, or mix old and new with --mix-code")
 
 def judge(runs):
-    """Sets status and loss of each run, beside the best: inf where it diverged, None where it goes on."""
+    """Sets loss and status of each run, beside the best: inf where it diverged, None where it goes on."""
     for run in runs:
         run["loss"] = None
-        if run["status"] in plot.STATUSES:
+        if run["status"] == "diverged":
+            run["loss"] = inf
+        elif run["status"] in plot.STATUSES:
             run["loss"] = run["summary"].get("final_val_loss")
-            if run["status"] == "diverged" or not isinstance(run["loss"], float):
-                run.update(status="diverged", loss=math.inf)
-    alive = [run for run in runs if run["loss"] not in (None, math.inf) and len(run["train"]["train_loss"])]
+    alive = [run for run in runs if run["loss"] not in (None, inf) and len(run["train"]["train_loss"])]
     best = min(alive, key=lambda run: run["loss"], default=None)
     for run in alive:
         run["status"] = plot.classify(run["train"]["train_loss"], np.median(best["train"]["train_loss"][-5:]))
         if run["status"] == "diverged":
-            run["loss"] = math.inf
+            run["loss"] = inf
 
-def losses(plan, keys):
-    """{key: loss}, judged beside each other; None: not finished, or not there."""
-    runs = {key: plot.read_run(folder(plan, key)) for key in keys}
-    judge([run for run in runs.values() if run])
-    return {key: run and run["loss"] for key, run in runs.items()}
-
-def comparable(dir, mix_code=True):
-    """All runs in a folder. Dies at two texts or tokenizers and, without mix_code, at code since edited."""
-    runs = plot.read_runs(dir) if dir.is_dir() else []
-    code = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in TRAIN.parent.glob("*.py")}
-    corpora = {}
-    edited = set()  # files
-    old = []        # runs of the time before
-    for run in runs:
-        data = run["config"].get("data") or {}
-        if data:    # else config.json is damaged
-            corpora[data.get("train_sha256"), data.get("val_sha256")] = run["name"]
-        began = run["config"].get("code") or {}
-        changed = [name for name in began if began[name] != code.get(name)]
-        if changed:
-            edited.update(changed)
-            old.append(run["name"])
-    if len(corpora) > 1:
-        die(f"{' and '.join(corpora.values())} read other data; choose another --name")
-    if old and not mix_code:
-        if len(old) > 8:
-            old[8:] = ["..."]
-        die(f"the code changed since {', '.join(old)} began ({', '.join(sorted(edited))}); choose another "
-            "--name, or compare old and new code with --mix-code")
-    return runs
+def losses(runs, keys):
+    """{key: loss} of these among the runs, judged beside each other; None: not finished, or not there."""
+    names = {run_name(key): key for key in keys}
+    found = [run for run in runs if run["name"] in names]
+    judge(found)
+    return dict.fromkeys(keys) | {names[run["name"]]: run["loss"] for run in found}
 
 # Processes ----------------------------------------------------------------------------------------
 
@@ -320,22 +307,19 @@ def visible_gpus(device):
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device not in ("auto", "cuda") or names in ("", "-1"):
         return []
-    if names is None and shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-        return [str(i) for i in range(listed.count("UUID"))]
-    return re.findall(r"[^\s,]+", names or "")
+    if names is None:   # without a GPU, the shell's word that there is no nvidia-smi
+        return [str(i) for i in range(subprocess.getoutput("nvidia-smi -L").count("UUID"))]
+    return re.findall(r"[^\s,]+", names)
 
 def command(plan, key, *more):
     setting, lr, seed = key
-    varied = [word for flag, value in setting for word in (f"--{flag}", value)]
-    own = ["--lr", f"{lr:g}", "--seed", str(seed), "--out", str(folder(plan, key)), "--resume", "--no-plot"]
+    varied = [f"--{text}" for text in setting]
+    own = [f"--lr={lr:g}", f"--seed={seed}", f"--out={plan.dir / run_name(key)}", "--resume", "--no-plot"]
     return [sys.executable, str(TRAIN), *plan.flags, *varied, *own, *more]
 
 def ask_train(plan, key, flag):
-    asked = subprocess.run(command(plan, key, flag), stdout=subprocess.PIPE, text=True, **CHILD)
-    if asked.returncode:
-        raise SystemExit(2)     # it has said why
-    return asked.stdout     # of --dry-run or --prepare, which train.py answers at once
+    """What train.py prints; its refusal, a line on stderr, ends the sweep (CalledProcessError, below)."""
+    return subprocess.check_output(command(plan, key, flag), text=True, **CHILD)
 
 def start(plan, key, slot):
     env = dict(os.environ)
@@ -343,21 +327,22 @@ def start(plan, key, slot):
         env["CUDA_VISIBLE_DEVICES"] = plan.gpus[slot % len(plan.gpus)]  # each has its share of the slots
     if plan.jobs > 1:
         env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // plan.jobs)))
-    folder(plan, key).mkdir(parents=True, exist_ok=True)
-    with open(folder(plan, key) / "stderr.log", "wb") as log:
-        return subprocess.Popen(command(plan, key), stdout=subprocess.DEVNULL, stderr=log, env=env, **CHILD)
+    dir = plan.dir / run_name(key)
+    dir.mkdir(parents=True, exist_ok=True)
+    with open(dir / "stderr.log", "wb") as err:
+        return subprocess.Popen(command(plan, key), stdout=subprocess.DEVNULL, stderr=err, env=env, **CHILD)
 
-def finish(plan, key):
-    loss = losses(plan, [key])[key]     # the status waits for better runs to judge it by
-    log = folder(plan, key) / "stderr.log"
-    text = log.read_text(errors="replace")
-    if not text:
+def finish(dir):
+    """Says how a run ended, as it sees it: beside a better one it may yet be slow, or diverged."""
+    summary = plot.read_json(dir / "summary.json") or {}
+    log = dir / "stderr.log"
+    lines = log.read_text(errors="replace").splitlines()
+    if not lines:
         log.unlink()
-    if loss is None:
-        print(f"{log.parent.name}: FAILED, the others go on. The end of {log}:")
-        print(*text.splitlines()[-6:], sep="\n")
+    if summary.get("status") in plot.STATUSES:
+        print(f"{dir.name}: {summary['status']}, val loss {summary.get('final_val_loss')!s:.6}")
     else:
-        print(f"{log.parent.name}: val loss {loss:.3f}".replace("val loss inf", "diverged"))
+        print(f"{dir.name}: FAILED, the others go on. The end of {log}:", *lines[-6:], sep="\n")
 
 def execute(plan, keys):
     running = {}    # slot: (key, process)
@@ -365,7 +350,7 @@ def execute(plan, keys):
         while keys or running:
             for slot in range(plan.jobs):
                 if slot in running and running[slot][1].poll() is not None:
-                    finish(plan, running.pop(slot)[0])
+                    finish(plan.dir / run_name(running.pop(slot)[0]))
                 if slot not in running and keys:
                     key = keys.pop(0)
                     running[slot] = key, start(plan, key, slot)
@@ -405,18 +390,19 @@ def run_sweep(plan):
     made_with = (plot.read_json(plan.dir / "sweep.json") or {}).get("flags", flags)
     if made_with != flags:
         die(f"{plan.dir} was made with other flags, {made_with}; choose another --name")
-    results = {}
+    asked = []  # in all rounds
     owner = ended = None
     while not ended:
+        runs = plot.read_runs(plan.dir) if plan.dir.is_dir() else []
+        results = losses(runs, asked)
         keys, ended = next_runs(results, plan)
-        todo = [key for key, loss in losses(plan, keys).items() if loss is None]
-        if todo and not plan.dry_run:   # in each round: somebody may have edited what it reads
-            comparable(plan.dir, plan.mix_code)
+        todo = [key for key, loss in losses(runs, keys).items() if loss is None]
+        refuse_mixture(runs, plan.mix_code or not todo)     # somebody may have edited what is run
         if todo or ended:
             owner = owner or prepare(plan, todo)
             write_aside(plan.dir / "sweep.json", json.dumps(dict(flags=flags, ended=ended)).encode())
         execute(plan, todo)
-        results = losses(plan, [*results, *keys])
+        asked += keys
     text = report(plan.dir, plan.margin).split("## ")[0].replace("**", "")
     print(f"\n{text}Table, analysis and pictures: {plan.dir}")
     return int(None in results.values())
@@ -431,75 +417,69 @@ def analyse(runs, margin=0.01):
     tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in runs})
     winner, comparisons = compare_settings(tables, margin)
     settings = [analyse_setting(label, table, runs) for label, table in tables.items()]
-    use = [dict(setting=winner, lr=s["best_lr"], val_loss=s["best_loss"], low=s["low"], high=s["high"])
-           for s in settings if s["label"] == winner] or [None]
-    minutes = sum(run["summary"].get("seconds") or 0 for run in runs) / 60
-    insights = dict(best=use[0], use=use[0], margin=margin, comparisons=comparisons, settings=settings,
-                    runs=len(runs), minutes=minutes,
+    use = None
+    for s in settings:
+        if s["label"] == winner:
+            use = dict(setting=winner, lr=s["best_lr"], low=s["low"], high=s["high"])
+    insights = dict(best=use, use=use, margin=margin, comparisons=comparisons, settings=settings,
+                    runs=len(runs), minutes=sum(run["summary"].get("seconds") or 0 for run in runs) / 60,
                     one_batch=any(run["args"].get("full_batch") for run in runs))
     return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
 
 def analyse_setting(label, table, runs):
     """One setting: what is known of its best rate, a row for each rate, and what these have in common."""
+    runs = [run for run in runs if run["setting"] == label and run["loss"] is not None]
+    rates = [analyse_rate([run for run in runs if run["lr"] == lr]) for lr in sorted(table)]
     best = best_rate(table)
-    worse, good, low, high = compare_rates(table, best) if best else ([], [], None, None)
-    squares, df = noise_near(table, best) if best else (0, 0)
-    rates = []
-    for lr in sorted(table):
-        row = analyse_rate([run for run in runs if (run["setting"], run["lr"]) == (label, lr)])
-        row.update(shown=lr in worse, difference=rise(table[lr], table.get(best, {})))
-        if row["difference"] < math.inf:    # without its seeds' luck: in the order of the pairs
-            row["val_loss"] = mean(table[best].values()) + row["difference"]
-        elif lr not in worse:   # it diverged with its only seed: nobody knows
-            row["shown"] = None
-        rates.append(row)
-    x = [[math.log(row["lr"]), row["val_loss"], row["val_accuracy"], row["val_perplexity"]]
-         for row in rates if math.isfinite(row["val_loss"])]    # (rates that survived, 4)
-    values = [row[1] for row in x] or [math.nan]
+    if not best:
+        return dict(label=label, best_lr=None, bracketed=False, edge={}, rates=rates)
+    best_loss = mean(table[best].values())
+    shown, low, high = compare_rates(table, best)
+    for row in rates:
+        row["shown"] = shown.get(row["lr"])
+        difference = rise(table[row["lr"]], table[best])
+        if difference < inf:   # without its seeds' luck: in the order of the pairs
+            row.update(difference=difference, val_loss=best_loss + difference)
+    alive = [row for row in rates if isfinite(row["val_loss"])]
+    values = [row["val_loss"] for row in alive]
     summary = dict(mean=mean(values), deviation=deviation(values), best=min(values), worst=max(values))
-    correlation = [None] * 3
-    if len(x) > 2:
+    for name in ("loss", "accuracy", "perplexity"):     # correlation with log rate
+        x = [(log(row["lr"]), row["val_" + name]) for row in alive]
         with np.errstate(all="ignore"):     # no variation, no correlation
-            correlation = np.corrcoef(x, rowvar=False)[0, 1:]
-    return dict(label=label, best_lr=best, best_loss=mean(table.get(best, {}).values()), low=low or None,
-                high=high, as_good=[lr for lr in good if max(table[lr].values()) < math.inf],
-                noise=math.sqrt(squares / df) if df else None, seeds=len(table.get(best, {})), rates=rates,
-                bracketed=bool(best) and len(neighbours(table, best)) == 2,
-                edge=find_edge(rates, best) if best else None, summary=summary,
-                correlation=dict(zip(("loss", "accuracy", "perplexity"), correlation)))
-
-def analyse_rate(runs):
-    runs = [run for run in runs if run["loss"] is not None]
-    alive = [run for run in runs if run["loss"] < math.inf]     # the means are of these
-    states = [run["status"] for run in runs]
-    row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], unstable=states.count("unstable"),
-               diverged=states.count("diverged"), status=max(states, key=plot.STATUSES.index),
-               deviation=deviation([run["loss"] for run in alive]),
-               max_grad_norm=mean(run["summary"].get("max_grad_norm") for run in runs))
-    for name in ("val_loss", "val_accuracy", "val_perplexity", "val_bpb"):
-        row[name] = mean(run["summary"].get("final_" + name) for run in alive)
-    seconds = mean(run["summary"].get("seconds") for run in alive)
-    row["accuracy_per_minute"] = row["val_accuracy"] / max(seconds / 60, 1e-9)
-    return row
-
-def find_edge(rates, best):
-    """The first unstable and the first diverged rate above the best, in how many of their seeds, and the rate
-    below the diverged one: runs begin to diverge somewhere between these two. None: neither was found."""
-    edge = dict.fromkeys(("lr", "ratio", "survived", *plot.EDGE))
+            summary[name] = np.corrcoef(x, rowvar=False)[0, 1] if len(x) > 2 else None
+    edge = {}   # the first rates above the best with a run that was unstable, or diverged; and the one below
     for below, row in reversed(list(itertools.pairwise(rates))):
         for status in plot.EDGE:
             if row["lr"] > best and row[status]:
                 edge["lr"] = row["lr"]
-                edge[status] = dict(lr=row["lr"], seeds=row[status], of=len(row["seeds"]))
-                if status == "diverged":
-                    edge.update(ratio=row["lr"] / best, survived=below["lr"])
-    return edge if edge["lr"] else None
+                edge[status] = dict(lr=row["lr"], ratio=row["lr"] / best, least=below["lr"] / best,
+                                    survived=below["lr"], seeds=row[status], of=len(row["seeds"]))
+    squares, df = noise_near(table, best)
+    return dict(label=label, best_lr=best, best_loss=best_loss, low=low or None, high=high,
+                as_good=[row["lr"] for row in rates if row["shown"] is False and not row["diverged"]],
+                noise=sqrt(squares / df) if df else None, seeds=len(table[best]), rates=rates,
+                bracketed=len(neighbours(table, best)) == 2, edge=edge, summary=summary)
+
+def analyse_rate(runs):
+    alive = [run for run in runs if run["loss"] < inf]     # the means are of these
+    states = [run["status"] for run in runs]
+    row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], unstable=states.count("unstable"),
+               diverged=states.count("diverged"), status=max(states, key=plot.STATUSES.index),
+               deviation=deviation([run["loss"] for run in alive]), difference=None, shown=None,
+               max_grad_norm=mean(run["summary"].get("max_grad_norm") for run in runs))
+    for name in ("val_loss", "val_accuracy", "val_perplexity", "val_bpb"):
+        row[name] = mean(run["summary"].get("final_" + name) for run in alive)
+    minutes = mean(run["summary"].get("seconds") for run in alive) / 60
+    row["accuracy_per_minute"] = row["val_accuracy"] / max(minutes, 1e-9)
+    return row
 
 # Report -------------------------------------------------------------------------------------------
 
-COLUMNS = ("steps", "final_val_loss", "final_val_accuracy", "final_val_perplexity", "final_val_bpb",
-           "final_train_loss", "best_val_loss", "best_val_step", "max_grad_norm")   # no times: repeatable
-ANSWERS = {
+COLUMNS = ("setting", "lr", "seed", "status", "steps", "final_val_loss", "final_val_accuracy",
+           "final_val_perplexity", "final_val_bpb", "final_train_loss", "best_val_loss", "best_val_step",
+           "max_grad_norm")     # no times: repeatable
+ANSWER = "**Use {best_lr:g} {label}**, validation loss {best_loss:.3f} nats a token. It has "
+WHY = {
     "tested": """the lowest mean of {seeds} seeds. The optimum lies from {between}; paired tests show the \
 limits to be worse, 95% together (noise {noise:.4f} nats). As good, as far as {seeds} seeds can tell: \
 {good}.""",
@@ -514,13 +494,11 @@ RATES = "`difference`: nats above the best, paired over seeds; `shown`: to be wo
 
 def markdown(rows, columns):
     """A table of some columns of insights.json."""
-    lines = [columns.split(), ["---"] * len(columns.split())]
+    names = columns.split()
+    lines = [names, ["---"] * len(names)]
     for row in rows:
-        cells = []
-        for column in lines[0]:
-            digits = ".6g" if column == "lr" else ".4g"
-            cells.append(format(row[column], digits) if isinstance(row[column], float) else str(row[column]))
-        lines.append(cells)
+        values = [row[name] for name in names]
+        lines.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in values])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace(" None ", "  ")
 
 def write_up(insights):
@@ -539,34 +517,36 @@ def write_up(insights):
         text.append(markdown(comparisons, "better worse difference low high seeds verdict"))
     for s in insights["settings"]:
         text += [f"## Rates {s['label']}".strip(), RATES]
-        text.append(markdown(s["rates"], "lr seeds status unstable diverged difference shown val_bpb"))
-        if use and use["setting"] == s["label"]:
+        rates = [dict(row, lr=f"{row['lr']:g}") for row in s["rates"]]
+        text.append(markdown(rates, "lr seeds status unstable diverged difference shown val_bpb"))
+        if not s["best_lr"]:
+            continue
+        if use["setting"] == s["label"]:
             limits = [f"{lr:g}" if lr else "no known limit" for lr in (s["low"], s["high"])]
             good = [f"{lr:g}" for lr in s["as_good"] if lr != s["best_lr"]]
-            name = "tested"
+            why = "tested"
             if s["noise"] is None:
-                name = "one seed" if s["seeds"] == 1 else "one rate"
-            why = ANSWERS[name].format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
-            first = f"**Use {s['best_lr']:g} {s['label']}".strip()
-            first += f"**, validation loss {s['best_loss']:.3f} nats a token. It has {why}"
-        edge = s["edge"] or {}
+                why = "one seed" if s["seeds"] == 1 else "one rate"
+            first = ANSWER + WHY[why]
+            first = first.format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
         for status in plot.EDGE:
-            if edge.get(status):
-                text.append(FIRST.format(status, **edge[status]))
-            elif s["best_lr"]:
+            edge = s["edge"].get(status)
+            if edge:
+                text.append(FIRST.format(status, **edge))
+            else:
                 text.append(f"No rate from the best to {s['rates'][-1]['lr']:g} was {status}.")
-        if edge.get("diverged"):
-            text.append(DIVERGE.format(**edge, least=edge["survived"] / s["best_lr"]))
+        if edge:
+            text.append(DIVERGE.format(**edge))
         text.append("Over the rates that survived, and the correlation of their log rate with:")
-        text.append(markdown([s["summary"] | s["correlation"]],
-                             "mean deviation best worst loss accuracy perplexity"))
+        text.append(markdown([s["summary"]], "mean deviation best worst loss accuracy perplexity"))
     if insights["one_batch"]:
         first = "These runs fit one batch: their validation loss recommends no rate. Look at sharpness.png."
-    return "\n\n".join(["# Which learning rate?", first, *text]) + "\n"
+    return "\n\n".join(["# Which learning rate?", first.replace(" **,", "**,"), *text]) + "\n"
 
 def report(dir, margin):
     """Reads the runs under dir, and writes table, analysis and all pictures there; returns the analysis."""
-    runs = comparable(dir)
+    runs = plot.read_runs(dir)
+    refuse_mixture(runs, mix_code=True)
     if not runs:
         die(f"{dir} holds no run with a readable config.json")
     insights = analyse(runs, margin)
@@ -575,11 +555,10 @@ def report(dir, margin):
     done = [run["name"] for run in runs if run["loss"] is not None]
     insights["unfinished"] = sorted(x.name for x in dir.iterdir() if x.is_dir() and x.name not in done)
     table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["setting", "lr", "seed", "status", *COLUMNS])
+    rows = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    rows.writeheader()
     for run in runs:
-        values = [run["summary"].get(column) for column in COLUMNS]     # csv writes None as nothing
-        rows.writerow([run["setting"], f"{run['lr']:g}", run["seed"], run["status"], *values])
+        rows.writerow({**run["summary"], **run, "lr": f"{run['lr']:g}"})
         if not (run["dir"] / "loss_curves.png").exists():
             plot.draw_run(run["dir"])
     text = write_up(insights)
@@ -602,17 +581,19 @@ def positive(text):
     return int(text)
 
 def parse_vary(texts):
-    """["a=1,2", "b,c=3:4,5:6"] -> every combination, tuples of (flag, value); [] -> one empty setting."""
+    """["a=1,2", "b,c=3:4,5:6"] -> every combination, tuples of "flag=value"; [] -> one empty setting."""
     axes = []
     for text in texts:
         names, _, values = text.partition("=")
         flags = names.replace("_", "-").split(",")
-        rows = [tuple(zip(flags, value.split(":", len(flags) - 1))) for value in values.split(",")]
-        if not all(len(row) == len(flags) and all(map(all, row)) for row in rows):
-            die(f"--vary {text}: write FLAG=V1,V2 or FLAG1,FLAG2=A:B,C:D")
         if {"lr", "seed", "out", "preset", "data", "vocab-size"}.intersection(flags):
             die(f"--vary {text}: rates have --lrs, seeds --seeds; losses compare within one tokenizer only")
-        axes.append(rows)
+        axes.append([])
+        for value in values.split(","):
+            parts = value.split(":", len(flags) - 1)
+            if len(parts) != len(flags) or "" in flags + parts:
+                die(f"--vary {text}: write FLAG=V1,V2 or FLAG1,FLAG2=A:B,C:D")
+            axes[-1].append(tuple(map("=".join, zip(flags, parts))))
     return [sum(combination, ()) for combination in itertools.product(*axes)]
 
 def make_plan(argv):
@@ -652,17 +633,16 @@ def make_plan(argv):
     if plan.name is None:
         words = [plan.preset, plan.study or "", *(text.split("=")[0] for text in plan.vary), *given]
         plan.name = re.sub(r"[^\w.+]+", "-", " ".join(words))[:150].strip("-")
-    if Path(plan.name).name != plan.name or plan.name in ("", ".."):
+    if not re.fullmatch(r"\w[^/\\]*", plan.name):
         die(f"--name {plan.name!r}: a plain name, for a folder under runs/")
-    if not 0 <= plan.margin < math.inf:
+    if not 0 <= plan.margin < inf:
         die(f"--margin {plan.margin}: a number of nats, from 0")
     plan.dir = Path("runs") / plan.name
     plan.settings = parse_vary(plan.vary)
     plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
     plan.gpus = visible_gpus(plan.device)
-    on_cpu = 1      # a larger run fills all cores, and a Mac has one GPU
-    if plan.preset == "tiny" and sys.platform != "darwin":
-        on_cpu = min(8, cores())
+    # Without GPUs: a larger run fills all cores, and a Mac has one GPU.
+    on_cpu = min(8, cores()) if plan.preset == "tiny" and sys.platform != "darwin" else 1
     plan.jobs = plan.jobs or len(plan.gpus) * PER_GPU[plan.preset] or on_cpu
     return plan
 
@@ -675,8 +655,8 @@ def main(argv):
     if plan.report:
         print(report(plan.report, plan.margin))
         return 0
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"}.intersection(dir(signal)):
-        signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         return run_sweep(plan)
     except SystemExit as end:
@@ -685,14 +665,13 @@ def main(argv):
         raise
 
 if __name__ == "__main__":
-    if sys.stdout is None:      # closed by whoever started this
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(os.devnull, "w")    # None: closed by whoever started this
     try:
         sys.exit(main(sys.argv[1:]))
     except BrokenPipeError:     # whoever read the lines has gone (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except DataError as error:  # another sweep owns the folder
+    except subprocess.CalledProcessError:   # train.py has said what is wrong
+        sys.exit(2)
+    except (DataError, OSError) as error:   # another sweep owns the folder; it is full, or read-only
         die(error)
-    except OSError as error:    # a full disk, a folder that is read-only
-        die(f"{error.filename or 'output'}: {error.strerror}")

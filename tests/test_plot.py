@@ -289,6 +289,15 @@ def test_settings_that_share_one_rate_are_told_apart(tmp_path):
     plot.draw_sweep(tmp_path, runs, make_insights(runs, dict(lr=3e-3, low=None, high=None)))
 
 
+@pytest.mark.parametrize("low, high", [(None, None), (1e-3, None), (None, 1e-2)])
+def test_a_band_is_drawn_only_where_a_limit_of_the_optimum_is_known(tmp_path, low, high):
+    runs = [make_run(tmp_path / "r", 3e-3)]
+    insights = make_insights(runs, dict(lr=3e-3, low=low, high=high))
+    rows = [dict(row, setting="") for row in insights["settings"][0]["rates"]]
+    [ax] = plot.draw_losses(runs, plot.looks(runs), rows, insights).axes
+    assert ("holds the optimum" in ax.get_legend_handles_labels()[1]) == bool(low or high)
+
+
 def test_a_rate_has_one_colour_in_the_order_of_the_rates():
     rates = np.geomspace(1e-4, 0.1, 26)
     look = plot.looks([dict(setting=setting, lr=lr, status="slow") for setting in "ab" for lr in rates])

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import plot
 import sweep
 from simulate import CELLS, GRID, HARD, cell, claims, law, search
 
@@ -93,9 +94,9 @@ def test_a_failed_run_is_not_asked_for_again():
 def test_vary_combines_values():
     assert sweep.parse_vary([]) == [()]
     assert sweep.parse_vary(["optimizer=adamw,muon", "beta1=0.9"]) == [
-        (("optimizer", "adamw"), ("beta1", "0.9")), (("optimizer", "muon"), ("beta1", "0.9"))]
+        ("optimizer=adamw", "beta1=0.9"), ("optimizer=muon", "beta1=0.9")]
     assert sweep.parse_vary(["warmup_ratio,min-lr-ratio=0.1:0,0:0.1"]) == [
-        (("warmup-ratio", "0.1"), ("min-lr-ratio", "0")), (("warmup-ratio", "0"), ("min-lr-ratio", "0.1"))]
+        ("warmup-ratio=0.1", "min-lr-ratio=0"), ("warmup-ratio=0", "min-lr-ratio=0.1")]
 
 
 def test_studies_try_what_they_say():
@@ -159,17 +160,17 @@ def test_the_best_survived_in_all_seeds_and_a_wild_neighbour_sets_no_noise():
     table = {1e-3: {0: 2.42, 1: 2.49}, 1.7e-3: {0: 2.06, 1: 2.07}, 3e-3: {0: 2.0, 1: 2.0},
              5.5e-3: {0: 2.05, 1: 2.04}, 1e-2: {0: 2.1, 1: 3.5}, 3e-2: {0: 1.9, 1: math.inf},
              1e-1: {0: math.inf}}
-    worse = sweep.compare_rates(table, sweep.best_rate(table))[0]
+    shown, _, _ = sweep.compare_rates(table, sweep.best_rate(table))
     assert sweep.best_rate(table) == 3e-3
-    assert 1e-3 in worse
-    assert 1e-1 not in worse   # diverged, but with one seed of two
+    assert shown[1e-3] and not shown[3e-3]
+    assert 1e-1 not in shown   # diverged, but with one seed of two
 
 
 def test_one_seed_takes_a_tenth_of_a_nat_for_worse():
     losses = {1e-4: 2.67, 3e-4: 2.14, 1e-3: 2.05, 3e-3: 2.0, 1e-2: 2.09, 3e-2: 2.15, 1e-1: math.inf}
     table = {lr: {0: loss} for lr, loss in losses.items()}
-    _, good, low, high = sweep.compare_rates(table, sweep.best_rate(table))
-    assert (good, low, high) == ([1e-3, 3e-3, 1e-2], 3e-4, 3e-2)
+    shown, low, high = sweep.compare_rates(table, sweep.best_rate(table))
+    assert {lr for lr in shown if not shown[lr]} == {1e-3, 3e-3, 1e-2} and (low, high) == (3e-4, 3e-2)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -214,7 +215,7 @@ def test_a_sweep_end_to_end(tmp_path):
     setting = insights["settings"][0]
     assert setting["bracketed"] and setting["noise"] > 0
     assert setting["edge"]["diverged"]["of"] == 1
-    assert setting["edge"]["survived"] < setting["edge"]["diverged"]["lr"]
+    assert setting["edge"]["diverged"]["survived"] < setting["edge"]["diverged"]["lr"]
     assert insights["use"]["low"] <= 2e-3 <= insights["use"]["high"]
     alive = [row for row in setting["rates"] if row["val_loss"]]
     ordered = sorted((row["val_loss"], row["difference"]) for row in alive)
@@ -238,8 +239,8 @@ def test_a_sweep_end_to_end(tmp_path):
 def test_a_rate_beyond_a_diverged_one_is_judged_by_its_own_losses():
     losses = {1e-3: 4.6, 3e-3: 4.0, 1e-2: 4.1, 0.3: math.inf, 1.0: 6.3}
     table = {lr: {0: loss} for lr, loss in losses.items()}
-    worse, good, low, high = sweep.compare_rates(table, 3e-3)
-    assert 1.0 in worse and good == [3e-3, 1e-2] and (low, high) == (1e-3, 0.3)
+    shown, low, high = sweep.compare_rates(table, 3e-3)
+    assert shown == {1e-3: True, 3e-3: False, 1e-2: False, 0.3: True, 1.0: True} and (low, high) == (1e-3, 0.3)
 
 
 def test_a_rate_is_shown_to_be_worse_or_not_or_nobody_knows():
@@ -384,7 +385,7 @@ def test_edited_code_is_not_mixed_with_old(tmp_path):
     program.write_text(program.read_text() + "# edited\n")
     assert run(tmp_path, *flags, program=program).returncode == 0    # nothing new is run
     done = run(tmp_path, *flags, "--seeds", "2", program=program)
-    assert done.returncode == 2 and "the code changed since lr0.001-s0" in done.stderr
+    assert done.returncode == 2 and "lr0.001-s0, lr0.003-s0 began with other train.py" in done.stderr
     assert run(tmp_path, *flags, "--seeds", "2", "--mix-code", program=program).returncode == 0
     assert len(rows(tmp_path / "runs/tiny")) == 4
 
@@ -399,16 +400,18 @@ def test_all_edited_files_and_old_runs_are_named_in_one_line(tmp_path, monkeypat
         (tmp_path / f"runs/lr{i}-s0").mkdir(parents=True)
         config = dict(args=dict(lr=i, seed=0), code=code)
         (tmp_path / f"runs/lr{i}-s0/config.json").write_text(json.dumps(config))
-    assert len(sweep.comparable(tmp_path / "runs", mix_code=False)) == 40
+    runs = plot.read_runs(tmp_path / "runs")
+    assert len(runs) == 40
+    sweep.refuse_mixture(runs, mix_code=False)
     (tmp_path / "model.py").write_text("# new\n")
     (tmp_path / "optim.py").unlink()
     with pytest.raises(SystemExit) as refusal:
-        sweep.comparable(tmp_path / "runs", mix_code=False)
+        sweep.refuse_mixture(runs, mix_code=False)
     message = capsys.readouterr().err
     assert refusal.value.code == 2
-    assert "since lr1-s0, lr2-s0, lr3-s0" in message and ", ... began (model.py, optim.py)" in message
+    assert "lr1-s0, lr2-s0, lr3-s0" in message and ", ... began with other model.py, optim.py;" in message
     assert message.count("\n") == 1 and len(message) < 400
-    assert len(sweep.comparable(tmp_path / "runs", mix_code=True)) == 40
+    sweep.refuse_mixture(runs, mix_code=True)
 
 
 def test_runs_of_other_data_are_refused(tmp_path):
