@@ -203,7 +203,7 @@ def stages(table, plan):
             limit = 1.25
         elif gain > WORTH and len(table[best]) == 1 and max(table[lr].values()) < inf:
             limit = 1.4
-        far = abs(log(lr / best)) > log(limit) / 2 ** plan.refine     # each halves the log distance
+        far = abs(log(lr / best)) > log(limit) / 2 ** plan.refine   # each halves the log distance
         if far and len(gains) == 2 and (plan.widen or plan.refine):
             rates.append(float(f"{np.clip(sqrt(best * lr), best / 2, best * 2):.2g}"))
     yield [(lr, 0) for lr in rates]
@@ -226,8 +226,7 @@ def tables_of(results):
     return tables
 
 def next_runs(results, plan):
-    """The search: what to run next, [(setting, rate, seed)], and why it ended (None: it has not). results:
-    {(setting, rate, seed): loss} of all runs asked for so far; inf: diverged, None: failed."""
+    """The search: {(setting, rate, seed): loss} of all asked for so far -> the next of them, why it ended."""
     tables = tables_of(results)
     keys = []
     for setting in plan.settings:
@@ -329,8 +328,8 @@ def start(plan, key, slot):
         env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // plan.jobs)))
     dir = plan.dir / run_name(key)
     dir.mkdir(parents=True, exist_ok=True)
-    with open(dir / "stderr.log", "wb") as err:
-        return subprocess.Popen(command(plan, key), stdout=subprocess.DEVNULL, stderr=err, env=env, **CHILD)
+    with open(dir / "stderr.log", "wb") as log:
+        return subprocess.Popen(command(plan, key), stdout=subprocess.DEVNULL, stderr=log, env=env, **CHILD)
 
 def finish(dir):
     """Says how a run ended, as it sees it: beside a better one it may yet be slow, or diverged."""
@@ -438,7 +437,7 @@ def analyse_setting(label, table, runs):
     for row in rates:
         row["shown"] = shown.get(row["lr"])
         difference = rise(table[row["lr"]], table[best])
-        if difference < inf:   # without its seeds' luck: in the order of the pairs
+        if difference < inf:    # without its seeds' luck: in the order of the pairs
             row.update(difference=difference, val_loss=best_loss + difference)
     alive = [row for row in rates if isfinite(row["val_loss"])]
     values = [row["val_loss"] for row in alive]
@@ -461,7 +460,7 @@ def analyse_setting(label, table, runs):
                 bracketed=len(neighbours(table, best)) == 2, edge=edge, summary=summary)
 
 def analyse_rate(runs):
-    alive = [run for run in runs if run["loss"] < inf]     # the means are of these
+    alive = [run for run in runs if run["loss"] < inf]  # the means are of these
     states = [run["status"] for run in runs]
     row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], unstable=states.count("unstable"),
                diverged=states.count("diverged"), status=max(states, key=plot.STATUSES.index),
@@ -487,9 +486,11 @@ limits to be worse, 95% together (noise {noise:.4f} nats). As good, as far as {s
 a test, the optimum lies from {between}; the limits are over 0.1 nats worse. As good, it seems: {good}.""",
     "one rate": """no rival: no other rate survived all its {seeds} seeds, if one was tried. Where the \
 optimum lies is unknown."""}
-FIRST = "The first {} rate above the best is {lr:g}, in {seeds} of {of} seeds."
-DIVERGE = """Runs begin to diverge somewhere between {survived:g} and there, at {least:.1f} to {ratio:.1f} \
-times the best rate; by the folk rule 2 to 4 is usual, less is near the edge, more is conservative."""
+FIRST = {
+    "unstable": "The first unstable rate above the best is {lr:g}, in {seeds} of {of} seeds.",
+    "diverged": """The first diverged rate above the best is {lr:g}, in {seeds} of {of} seeds.\n
+Runs begin to diverge somewhere between {survived:g} and there, at {least:.1f} to {ratio:.1f} times the best \
+rate; by the folk rule 2 to 4 is usual, less is near the edge, more is conservative."""}
 RATES = "`difference`: nats above the best, paired over seeds; `shown`: to be worse (empty: no pair tells)."
 
 def markdown(rows, columns):
@@ -504,17 +505,16 @@ def markdown(rows, columns):
 def write_up(insights):
     """lr_sweep_analysis.md, the answer first. Every number in it comes out of insights."""
     use = insights["use"]
-    comparisons = insights["comparisons"]
     first = "There is no answer: no run has survived. Try lower rates with --lrs."
     text = ["The search {ended}. {runs} runs took {minutes:.1f} minutes.".format(**insights)]
     if insights["unfinished"]:
         text.append(f"Left out, not finished or damaged: {', '.join(insights['unfinished'])}.")
-    unsure = [c["worse"] for c in comparisons if c["verdict"] != "shown"]
+    unsure = [c["worse"] for c in insights["comparisons"] if c["verdict"] != "shown"]
     if unsure:
         text.append(f"{use['setting']} is not shown to be better than {' and '.join(unsure)}.")
-    if comparisons:
+    if insights["comparisons"]:
         text.append("## Settings, each at its best rate (same: within {margin:g} nats)".format(**insights))
-        text.append(markdown(comparisons, "better worse difference low high seeds verdict"))
+        text.append(markdown(insights["comparisons"], "better worse difference low high seeds verdict"))
     for s in insights["settings"]:
         text += [f"## Rates {s['label']}".strip(), RATES]
         rates = [dict(row, lr=f"{row['lr']:g}") for row in s["rates"]]
@@ -530,13 +530,10 @@ def write_up(insights):
             first = ANSWER + WHY[why]
             first = first.format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
         for status in plot.EDGE:
-            edge = s["edge"].get(status)
-            if edge:
-                text.append(FIRST.format(status, **edge))
+            if status in s["edge"]:
+                text.append(FIRST[status].format(**s["edge"][status]))
             else:
                 text.append(f"No rate from the best to {s['rates'][-1]['lr']:g} was {status}.")
-        if edge:
-            text.append(DIVERGE.format(**edge))
         text.append("Over the rates that survived, and the correlation of their log rate with:")
         text.append(markdown([s["summary"]], "mean deviation best worst loss accuracy perplexity"))
     if insights["one_batch"]:
@@ -550,8 +547,8 @@ def report(dir, margin):
     if not runs:
         die(f"{dir} holds no run with a readable config.json")
     insights = analyse(runs, margin)
-    ended = (plot.read_json(dir / "sweep.json") or {}).get("ended")
-    insights["ended"] = ended or "goes on: the same command continues it"
+    search = plot.read_json(dir / "sweep.json") or {}
+    insights["ended"] = search.get("ended") or "goes on: the same command continues it"
     done = [run["name"] for run in runs if run["loss"] is not None]
     insights["unfinished"] = sorted(x.name for x in dir.iterdir() if x.is_dir() and x.name not in done)
     table = io.StringIO()
@@ -598,9 +595,9 @@ def parse_vary(texts):
 
 def make_plan(argv):
     """The flags, checked, and what follows from them: flags and settings of the runs, dir, gpus, jobs."""
-    about = "Sweep the learning rate. Flags not listed here go on to train.py."
-    p = argparse.ArgumentParser("sweep.py", allow_abbrev=False, add_help=False, description=about,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser("sweep.py", allow_abbrev=False, add_help=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                description="Flags not listed here go on to train.py.")
     p.error = lambda message: die(f"{message}; see --help")
     add = p.add_argument
     add("--preset", choices=GRIDS, default="tiny", help="of the model")
@@ -647,31 +644,30 @@ def make_plan(argv):
     return plan
 
 def main(argv):
-    sys.stdout.reconfigure(line_buffering=True)
-    for text in [os.getcwd(), *argv]:
-        if not text.isprintable():  # a newline would cut a line of --dry-run in two, and run what follows
-            die(f"{text!a}: control characters are refused")
-    plan = make_plan(argv)
-    if plan.report:
-        print(report(plan.report, plan.margin))
-        return 0
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
+        for text in [os.getcwd(), *argv]:
+            if not text.isprintable():  # a newline would cut a line of --dry-run in two, and run what follows
+                die(f"{text!a}: control characters are refused")
+        plan = make_plan(argv)
+        if plan.report:
+            print(report(plan.report, plan.margin))
+            return 0
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
         return run_sweep(plan)
     except SystemExit as end:
-        if end.code > 128:  # by one of these signals
+        if end.code > 128:      # by one of these signals
             print("stopped; every run keeps what it has. The same command goes on")
         raise
+    except BrokenPipeError:     # whoever read the lines has gone (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except subprocess.CalledProcessError:   # train.py has said what is wrong
+        return 2
+    except (DataError, OSError) as error:   # another sweep owns the folder; it is full, or read-only
+        die(error)
 
 if __name__ == "__main__":
     sys.stdout = sys.stdout or open(os.devnull, "w")    # None: closed by whoever started this
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except BrokenPipeError:     # whoever read the lines has gone (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except subprocess.CalledProcessError:   # train.py has said what is wrong
-        sys.exit(2)
-    except (DataError, OSError) as error:   # another sweep owns the folder; it is full, or read-only
-        die(error)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.exit(main(sys.argv[1:]))
