@@ -150,7 +150,7 @@ def compare_rates(table, best):
         gain = 0
         if all(0 < rise(table[x], table[lr]) < inf for x in neighbours(table, lr)):
             gain = max(finer_gains(table, lr).values())     # a valley of its own, whose bottom may be lower
-        shown[lr] = not d or mean(d) > half_width(d, noise, k, NEAR) + gain
+        shown[lr] = not d or bool(mean(d) > half_width(d, noise, k, NEAR) + gain)
     good = [lr for lr in shown if not shown[lr]]
     low = max((lr for lr in shown if lr < min(good)), default=0)
     high = min((lr for lr in shown if lr > max(good)), default=inf)
@@ -258,7 +258,8 @@ def refuse_mixture(runs, mix_code):
     now = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in TRAIN.parent.glob("*.py")}
     mixed = {}  # run: of what it began with another
     for run in runs:
-        began = {"data": str(run["config"].get("data"))}    # hashes of its texts and its tokenizer
+        data = run["config"].get("data") or {}
+        began = {"data": (data.get("train_sha256"), data.get("val_sha256"))}  # tokens
         now = began | now
         if not mix_code:
             began.update(run["config"].get("code") or {})

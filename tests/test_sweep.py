@@ -266,6 +266,10 @@ def test_a_rate_is_shown_to_be_worse_or_not_or_nobody_knows():
     assert shown(several) == {1e-3: True, 0.0123456: False, 0.02: False, 0.1: None, 0.3: True}
     assert shown({(1e-3, 0): 2.0, (3e-3, 0): 2.05, (1, 0): math.inf}) == {1e-3: False, 3e-3: False, 1: True}
     assert shown({(0.1, 0): math.inf}) == {0.1: None}
+    # Two valleys of their own, one of whose bottoms may lie lower than the best.
+    losses = {1e-4: 2.4, 1e-3: 2.0, 3e-3: 2.3, 1e-2: 2.15, 3e-2: 2.2, 0.1: 2.9, 0.3: 2.8, 1.0: 3.5}
+    worse = {lr: lr not in (1e-3, 1e-2) for lr in losses}
+    assert shown({(lr, 0): loss for lr, loss in losses.items()}) == worse
 
 
 def test_one_seed_says_what_it_cannot_show(tmp_path):
