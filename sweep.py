@@ -139,22 +139,28 @@ def finer_gains(table, lr):
     return gains
 
 def compare_rates(table, best):
-    """-> {rate: is it shown to be worse than the best}, where that is known; the nearest worse, or 0, inf."""
+    """-> {rate: is it shown to be worse than the best}, where that is known; the rates near which the optimum
+    may lie; the nearest that are worse around these, or 0 and inf."""
     noise = noise_near(table, best)
     pairs = {lr: paired(row, table[best]) for lr, row in table.items() if lr != best}
     k = sum(len(d) > 1 for d in pairs.values())
     shown = {best: False}
+    near = [best]
     for lr, d in pairs.items():
-        if not d and len(table[lr]) == 1 < len(table[best]):
-            continue    # it diverged, which with one seed of several may be bad luck
+        if not d:   # it diverged, which with one seed of several may be bad luck
+            if len(table[lr]) > 1 or len(table[best]) == 1:
+                shown[lr] = True
+            continue
+        half = half_width(d, noise, k, NEAR)
+        shown[lr] = mean(d) > half
         gain = 0
         if all(0 < rise(table[x], table[lr]) < inf for x in neighbours(table, lr)):
             gain = max(finer_gains(table, lr).values())     # a valley of its own, whose bottom may be lower
-        shown[lr] = not d or bool(mean(d) > half_width(d, noise, k, NEAR) + gain)
-    good = [lr for lr in shown if not shown[lr]]
-    low = max((lr for lr in shown if lr < min(good)), default=0)
-    high = min((lr for lr in shown if lr > max(good)), default=inf)
-    return shown, low, high
+        if mean(d) <= half + gain:
+            near.append(lr)
+    low = max((lr for lr in shown if lr < min(near)), default=0)
+    high = min((lr for lr in shown if lr > max(near)), default=inf)
+    return shown, sorted(near), low, high
 
 def compare_settings(tables, margin):
     """{label: table} -> the best label (None: all diverged), its comparisons with others (insights.json)."""
@@ -210,10 +216,9 @@ def stages(table, plan):
     # Seeds for the best and its neighbours, then for all not shown to be worse, with the next ones outside.
     rates = [best, *neighbours(table, best)] if best else []
     if best and len(table[best]) > 1:
-        shown, _, _ = compare_rates(table, best)
-        good = sorted(lr for lr in shown if not shown[lr])
-        rates = good + neighbours(table, good[0])[:1] + neighbours(table, good[-1])[-1:]
-        rates = [lr for lr in rates if not shown.get(lr)]
+        shown, near, _, _ = compare_rates(table, best)
+        outside = neighbours(table, near[0])[:1] + neighbours(table, near[-1])[-1:]
+        rates = near + [lr for lr in outside if lr not in shown]
     yield [(lr, seed) for lr in rates for seed in range(plan.seeds)
            if seed < 2 or min(table[lr].values()) < inf]   # two that diverged are enough
 
@@ -258,12 +263,14 @@ def refuse_mixture(runs, mix_code):
     now = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in TRAIN.parent.glob("*.py")}
     mixed = {}  # run: of what it began with another
     for run in runs:
-        data = run["config"].get("data") or {}
-        began = {"data": (data.get("train_sha256"), data.get("val_sha256"))}  # tokens
-        now = began | now
+        began = {}
         if not mix_code:
             began.update(run["config"].get("code") or {})
-        changed = dict(began.items() - now.items())
+        data = run["config"].get("data")
+        if data:    # else config.json is damaged
+            began["data"] = data.get("train_sha256"), data.get("val_sha256")
+            now.setdefault("data", began["data"])
+        changed = [name for name in began if began[name] != now.get(name)]
         if changed:
             mixed[run["name"]] = changed
     if mixed:
@@ -434,7 +441,7 @@ def analyse_setting(label, table, runs):
     if not best:
         return dict(label=label, best_lr=None, bracketed=False, edge={}, rates=rates)
     best_loss = mean(table[best].values())
-    shown, low, high = compare_rates(table, best)
+    shown, _, low, high = compare_rates(table, best)
     for row in rates:
         row["shown"] = shown.get(row["lr"])
         difference = rise(table[row["lr"]], table[best])

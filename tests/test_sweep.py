@@ -160,7 +160,7 @@ def test_the_best_survived_in_all_seeds_and_a_wild_neighbour_sets_no_noise():
     table = {1e-3: {0: 2.42, 1: 2.49}, 1.7e-3: {0: 2.06, 1: 2.07}, 3e-3: {0: 2.0, 1: 2.0},
              5.5e-3: {0: 2.05, 1: 2.04}, 1e-2: {0: 2.1, 1: 3.5}, 3e-2: {0: 1.9, 1: math.inf},
              1e-1: {0: math.inf}}
-    shown, _, _ = sweep.compare_rates(table, sweep.best_rate(table))
+    shown, _, _, _ = sweep.compare_rates(table, sweep.best_rate(table))
     assert sweep.best_rate(table) == 3e-3
     assert shown[1e-3] and not shown[3e-3]
     assert 1e-1 not in shown   # diverged, but with one seed of two
@@ -169,8 +169,16 @@ def test_the_best_survived_in_all_seeds_and_a_wild_neighbour_sets_no_noise():
 def test_one_seed_takes_a_tenth_of_a_nat_for_worse():
     losses = {1e-4: 2.67, 3e-4: 2.14, 1e-3: 2.05, 3e-3: 2.0, 1e-2: 2.09, 3e-2: 2.15, 1e-1: math.inf}
     table = {lr: {0: loss} for lr, loss in losses.items()}
-    shown, low, high = sweep.compare_rates(table, sweep.best_rate(table))
+    shown, near, low, high = sweep.compare_rates(table, sweep.best_rate(table))
     assert {lr for lr in shown if not shown[lr]} == {1e-3, 3e-3, 1e-2} and (low, high) == (3e-4, 3e-2)
+    assert near == [1e-3, 3e-3, 1e-2]
+
+
+def test_beyond_the_end_of_a_grid_the_optimum_may_lie_but_the_end_itself_is_not_as_good():
+    losses = {1e-4: 7.1, 3e-4: 9.0, 1e-3: 12.0, 1e-2: 35.0, 1e-1: 16.0}
+    table = {lr: {0: loss} for lr, loss in losses.items()}
+    shown, near, low, high = sweep.compare_rates(table, 1e-4)
+    assert shown[1e-1] and near == [1e-4, 1e-1] and (low, high) == (0, math.inf)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -239,7 +247,7 @@ def test_a_sweep_end_to_end(tmp_path):
 def test_a_rate_beyond_a_diverged_one_is_judged_by_its_own_losses():
     losses = {1e-3: 4.6, 3e-3: 4.0, 1e-2: 4.1, 0.3: math.inf, 1.0: 6.3}
     table = {lr: {0: loss} for lr, loss in losses.items()}
-    shown, low, high = sweep.compare_rates(table, 3e-3)
+    shown, near, low, high = sweep.compare_rates(table, 3e-3)
     assert shown == {1e-3: True, 3e-3: False, 1e-2: False, 0.3: True, 1.0: True} and (low, high) == (1e-3, 0.3)
 
 
@@ -268,7 +276,7 @@ def test_a_rate_is_shown_to_be_worse_or_not_or_nobody_knows():
     assert shown({(0.1, 0): math.inf}) == {0.1: None}
     # Two valleys of their own, one of whose bottoms may lie lower than the best.
     losses = {1e-4: 2.4, 1e-3: 2.0, 3e-3: 2.3, 1e-2: 2.15, 3e-2: 2.2, 0.1: 2.9, 0.3: 2.8, 1.0: 3.5}
-    worse = {lr: lr not in (1e-3, 1e-2) for lr in losses}
+    worse = {lr: lr != 1e-3 for lr in losses}
     assert shown({(lr, 0): loss for lr, loss in losses.items()}) == worse
 
 
