@@ -148,13 +148,13 @@ def train_bpe(piece_counts, vocab_size):
     places = defaultdict(list)  # the words that hold it, or did
     changed = set()  # pairs whose counts are not in the queue
 
-    def rewrite(i, word, new=""):
+    def rewrite(i, word, new=None):  # new: the symbol that a merge made; None: the word is read first
         n = frequency[i]
         for pair in map(add, words[i], words[i][1:]):
             counts[pair] -= n
         for pair in map(add, word, word[1:]):
             counts[pair] += n
-            if new in pair:
+            if new is None or new in pair:
                 places[pair].append(i)
                 changed.add(pair)
         words[i] = word
@@ -167,11 +167,11 @@ def train_bpe(piece_counts, vocab_size):
         for pair in changed:
             heappush(queue, (-counts[pair], pair))
         changed.clear()
-        count, pair = heappop(queue)
-        if -count != counts[pair]:  # it has fallen since this entry was made
+        negative, pair = heappop(queue)
+        if -negative != counts[pair]:  # it has fallen since this entry was made
             changed.add(pair)
             continue
-        if -count < 2:
+        if counts[pair] < 2:
             break
         a, b = (tokens[ord(symbol)] for symbol in pair)
         merges.append(f"{a} {b}")
@@ -261,11 +261,12 @@ def cosmopedia(folder, megabytes, vocab_size):
     write_aside(path, text.encode(errors="replace"))
     return [path], [], tokenizer
 
-NETWORK = {"tinystories": tinystories, "cosmopedia": cosmopedia}
+NETWORK = {"tinystories": tinystories, "cosmopedia": cosmopedia}  # -> files, validation files, tokenizer
 
 def files_of(name, cache):
     """The sorted paths of a text file, of the files in a folder, or of the standard library's source."""
-    root, suffix, skip = name and os.path.abspath(name), "", r"\..*|__pycache__"
+    root = os.path.abspath(name) if name else name
+    suffix, skip = "", r"\..*|__pycache__"
     if name == "stdlib":
         root, suffix = os.path.dirname(os.__file__), ".py"
         skip += "|tests?|idle_test|(site|dist)-packages"
@@ -349,7 +350,8 @@ def prepare(files, val_files, tokenizer, vocab_size, folder):
     held_out = set(val)
     train = [document for document in documents if document not in held_out]
     if not train or not val:
-        raise DataError(f"{folder.name} needs two different documents (no UTF-8 text: {skipped[:3]})")
+        no_text = f" (no UTF-8 text: {skipped[:3]})" if skipped else ""
+        raise DataError(f"{folder.name} needs two different documents{no_text}")
     if skipped:
         print(f"left out, as they are no UTF-8 text: {len(skipped)} files: {skipped[0]} ...", file=sys.stderr)
     with ProcessPoolExecutor(min(cores(), 16), initializer=start_worker) as pool:
@@ -399,9 +401,9 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
             megabytes = int(float(f"{n_tokens * 5 / 2**20 + 1:.1e}"))
             label, content = f"{name}-{megabytes}MB", REVISION
         else:
-            text = files_of(name, cache), [], None
+            sources = files_of(name, cache), [], None
             label = os.path.basename(os.path.abspath(name))[:100]
-            content = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in text[0]]
+            content = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in sources[0]]
         source = hashlib.sha256(repr(content).encode()).hexdigest()[:8]
         folder = cache / f"{label}-{source}-{vocab_size}"
         meta = folder / "meta.json"
@@ -412,8 +414,8 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
                     return corpus
             if name in NETWORK:
                 with lock(cache / "downloads", wait=True):
-                    text = NETWORK[name](cache / "downloads", megabytes, vocab_size)
-            prepare(*text, vocab_size, folder)
+                    sources = NETWORK[name](cache / "downloads", megabytes, vocab_size)
+            prepare(*sources, vocab_size, folder)
             corpus = Corpus(folder, label)
             meta.write_text(json.dumps(corpus.meta, indent=1))  # the last file: without it there is no corpus
             return corpus

@@ -79,8 +79,8 @@ def attend(q, k, v, dropout=0.0):
     """softmax(q k' / sqrt(d_head)) v over positions up to one's own; q, k, v (B, n_heads, T, d_head)."""
     if not q.is_cpu:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    # On a CPU plain products take half the time of the fused kernel (tests/bench.py parts) if a block of
-    # queries meets only the keys up to its end.
+    # On a CPU plain products take half the time of the fused kernel (in bfloat16; tests/bench.py parts) if a
+    # block of queries meets only the keys up to its end.
     q = q * q.size(-1) ** -0.5
     out, end = [], 0
     for block in q.split(128, dim=-2):
@@ -122,7 +122,7 @@ class HeadLoss(torch.autograd.Function):
             total = e.sum(-1, keepdim=True)                                 # softmax is e / total
             nll = total.log() + top - logits.gather(1, t)                   # (n, 1)
             loss = loss + nll.sum()
-            of_target = total * torch.expm1(-nll)                           # probability - 1, exact near 0
+            of_target = total * torch.expm1(-nll)                           # of probability - 1, exact near 0
             grad = e.to(h.dtype).scatter_(1, t, of_target.to(h.dtype))      # total x (softmax - onehot)
             grad_h.append((grad @ w / total).to(h.dtype))
             grad_w += grad.T @ (rows / total).to(h.dtype)
@@ -163,7 +163,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):
         gate, up = linear(x, self.gate_up).chunk(2, dim=-1)                 # (B, T, d_ff)
-        return linear(F.silu(gate) * up, self.down), None
+        return linear(F.silu(gate) * up, self.down), None                   # no router
 
 class MoE(nn.Module):
     def __init__(self, config):
@@ -243,11 +243,11 @@ class Transformer(nn.Module):
     def hidden(self, idx):
         """idx (B, T) -> the last layer, normalized (B, T, d_model), and records (n_layers, 2 + n_experts)."""
         x = F.embedding(idx, self.embed).to(self.dtype)                     # (B, T, d_model)
-        records = []
+        routers = []
         for block in self.blocks:
-            x, record = block(x, self.angles)
-            records.append(record)
-        return rmsnorm(x, self.norm), torch.stack(records) if self.config.n_experts else None
+            x, router = block(x, self.angles)
+            routers.append(router)
+        return rmsnorm(x, self.norm), torch.stack(routers) if self.config.n_experts else None
 
     def forward(self, idx, targets=None):
         """idx, targets (B, T) -> logits (B, T, vocab_size), mean cross-entropy in nats a token (or None)."""

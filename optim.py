@@ -13,7 +13,7 @@ states only; embeddings, the head and norms stay with AdamW.
 Each method is a pure function on lists of tensors; one class keeps their state. lr, step and scale are 0-dim
 tensors on the weights' device, so that a compiled step or a CUDA graph sees them change.
 
-    python optim.py        # singular values of a random gradient before and after Newton-Schulz
+    python optim.py        # singular values of a random G / |G|, and after each step of Newton-Schulz
 """
 import math
 from functools import partial
@@ -105,7 +105,7 @@ def scaled_update(update, params, grads, scale, lr, **others):
 def top_eigenvalue(product, start, tolerance=0.003, max_products=40):
     """Largest eigenvalue of a symmetric matrix H known by product(v) = H v, by Lanczos iteration.
 
-    start (n,) of any length -> eigenvalue h, unit eigenvector v (n,), |H v - h v| / |h|; or nan, zeros, nan
+    start (n,), of any norm -> eigenvalue h, unit eigenvector v (n,), |H v - h v| / |h|; or nan, zeros, nan
     where H v is not finite. k products span a space in which H is k x k; its top eigenpair is the estimate.
     The error of h is about the tolerance squared over the relative gap to the next one.
     """
@@ -162,8 +162,9 @@ class Optimizer:
         self.settings = settings
         self.peak_lr = lr
         self.lr = torch.tensor(lr, device=self.params[0].device)
+        # Arguments of update by these names: a tensor for each parameter; adamw's step is one number.
         self.state = {name: [torch.zeros_like(p) for p in self.params] for name in kept}
-        if "step" in kept:
+        if update is adamw_update:
             self.state["step"] = torch.zeros_like(self.lr)
         self.call = scaled_update
         betas = settings.get("betas", ())
@@ -197,7 +198,7 @@ class Optimizer:
     def compile(self, **settings):
         self.call = torch.compile(scaled_update, dynamic=False, **settings)
 
-AdamW = partial(Optimizer, adamw_update, ("ms", "vs", "step"), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+AdamW = partial(Optimizer, adamw_update, ("ms", "vs"), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 Muon = partial(Optimizer, muon_update, ("momenta",), momentum=0.95, weight_decay=0.0, dtype=torch.float32)
 SGD = partial(Optimizer, sgd_update, ("velocities",), momentum=0.0, weight_decay=0.0)
 

@@ -176,7 +176,7 @@ def figure(columns, height=5.5):
     """A Figure (inches), without pyplot's global state, whose axes are a panel a column, in order."""
     from matplotlib.figure import Figure
     rows = 1 + len(columns) // 6
-    across = len(columns) // rows
+    across = -(-len(columns) // rows)       # rounded up
     fig = Figure(figsize=(5 + 4 * across, height * rows), dpi=130, layout="constrained")
     fig.subplots(rows, across)
     for ax, column in zip(fig.axes, columns):
@@ -202,9 +202,9 @@ def points(run, column):
     """Steps and values of a column, averaged in blocks to at most 100: minibatch noise hides who is lower."""
     rows = np.stack([run["metrics"]["step"], run["metrics"][column]])
     rows = rows[:, np.isfinite(rows).all(axis=0)]
-    block = 1 + rows.shape[1] // 100
-    whole = rows.shape[1] // block * block
-    return rows[:, :whole].reshape(2, -1, block).mean(axis=2)   # (2, points)
+    block = max(1, -(-rows.shape[1] // 100))
+    rest = rows.shape[1] % block
+    return rows[:, rest:].reshape(2, -1, block).mean(axis=2)    # (2, points)
 
 def loss_axis(ax, losses):
     """An upward axis, logarithmic in the distance from a little below the lowest: tells close ends apart."""
@@ -288,13 +288,14 @@ def draw_rates(look, rows, columns):
         ax.xaxis.minorticks_off()
         if column == "status":
             ax.yaxis.update_units(STATUSES)     # an axis of names, in this order
-        ends = {}   # of the line of each setting
+        before = {}     # setting: its last point, from which a line in this rate's colour leads here
         for row in rows:
-            x, style = look[row["setting"], row["lr"]]
-            style = style | dict(label=None if row["setting"] in ends else row["setting"])
-            end = (x, row[column])  # None is not drawn
-            ax.plot(*zip(ends.get(row["setting"], end), end), marker="o", markevery=[1], linewidth=1, **style)
-            ends[row["setting"]] = end
+            setting, y = row["setting"], row[column]    # None is not drawn
+            x, style = look[setting, row["lr"]]
+            style = style | dict(label=None if setting in before else setting)
+            x0, y0 = before.get(setting, (x, y))
+            ax.plot([x0, x], [y0, y], marker="o", markevery=[1], linewidth=1, **style)
+            before[setting] = x, y
             if row["diverged"]:
                 ax.plot(x, 1, "x", color=style["color"], clip_on=False, transform=ax.get_xaxis_transform())
     return fig

@@ -3,8 +3,8 @@
     make_schedule(name, max_steps, ...) -> f;   lr at step t (0 .. max_steps - 1) is  f(t) x peak
 
 Every schedule but `exponential` starts with the same linear warm-up over `warmup_ratio` of the steps, where
-step t uses (t + 1) / warmup_steps: the first update is small, not zero. What follows goes from 1 down to
-`min_lr_ratio` as a function of progress, which is 0 just after warm-up and 1 at the last step. A step is one
+step t uses (t + 1) / warmup_steps: the first update is small, not zero. What follows is a function of
+progress, 0 just after warm-up and 1 at the last step; most go from 1 down to `min_lr_ratio`. A step is one
 of the optimizer: told the number of micro-batches instead, a schedule would anneal only its first part.
 
 Sources: cosine and restarts, Loshchilov & Hutter 2017; wsd, Hu et al. 2024 (MiniCPM); triangular and the
@@ -103,7 +103,8 @@ if __name__ == "__main__":
     fig = Figure(figsize=(11, 7), layout="constrained")
     fig.supylabel("factor of the peak rate")
     fig.supxlabel("optimizer step; 10% warm-up and a floor of 10% of the peak")
-    for ax, name in zip(fig.subplots(3, 3, sharex=True, sharey=True).flat, SCHEDULES):
+    axes = fig.subplots(math.ceil(len(SCHEDULES) / 3), 3, sharex=True, sharey=True)
+    for ax, name in zip(axes.flat, SCHEDULES):
         schedule = make_schedule(name, max_steps=200)
         factors = []
         for step in range(200):

@@ -13,8 +13,8 @@ weights and batches, so that differences between rates are paired: its luck drop
     shown     a rate is worse where its mean paired difference to the best exceeds t(df) s / sqrt(seeds): s is
               sqrt(2) noise, or the deviation of the differences if larger; t stands at 1 - 0.025 / k for k
               rates compared (Bonferroni). One that diverged with two seeds, all of them, is worse too
-    interval  the optimum lies between the nearest rates below and above that are shown to be worse; those in
-              between are as good, as far as the seeds can tell. One seed knows no noise: 0.1 nats stand in
+    interval  the optimum lies between the nearest rates shown to be worse on either side of all that are not,
+              and of local valleys that may be deeper. One seed knows no noise: 0.1 nats stand in
     settings  are compared at their best rates. What a finer grid could still gain widens the interval of the
               difference: the lowest that a convex valley through the tried rates could be between them
 """
@@ -50,9 +50,9 @@ GRIDS = {   # where the search starts
     "moe": [0.01, 0.02, 0.035, 0.05, 0.065, 0.085, 0.1, 0.15, 0.3],
 }
 # A textbook run: one fixed batch, a constant rate, nothing that hides the edge of stability.
-EDGE = ("--full-batch --batch-size 8 --context-length 64 --max-steps 400 --schedule constant "
-        "--warmup-ratio 0 --grad-clip 0 --weight-decay 0 --dtype float32 --sharpness 10 --log-interval 1 "
-        "--eval-interval 400 --eval-tokens 2048 --momentum 0 --optimizer ")
+TEXTBOOK = ("--full-batch --batch-size 8 --context-length 64 --max-steps 400 --schedule constant "
+            "--warmup-ratio 0 --grad-clip 0 --weight-decay 0 --dtype float32 --sharpness 10 --log-interval 1 "
+            "--eval-interval 400 --eval-tokens 2048 --momentum 0 --optimizer ")
 STUDIES = {     # only these rates (--no-widen): flags of the sweep, which yours override, and of train.py
     "explore": ("--lrs 0.001 0.01 0.03 0.1 0.3", "--max-steps 50"),
     "extend": ("--around 0.15 0.3 0.5 0.7 0.8 1 1.2 1.5 2 3 5", "--max-steps 100"),
@@ -61,8 +61,8 @@ STUDIES = {     # only these rates (--no-widen): flags of the sweep, which yours
              "0.1 0.13 0.16 0.2 0.25 0.3 0.4 0.5 0.6 0.7 0.85 1.0", ""),
     "schedules": ("--around 1 --seeds 3 "   # conservative, baseline, none, aggressive, long
                   "--vary warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1", ""),
-    "edge": ("--lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5", EDGE + "sgd"),
-    "edge-adamw": ("--lrs 1e-4 3e-4 1e-3 3e-3 1e-2 1e-1", EDGE + "adamw"),
+    "edge": ("--lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5", TEXTBOOK + "sgd"),
+    "edge-adamw": ("--lrs 1e-4 3e-4 1e-3 3e-3 1e-2 1e-1", TEXTBOOK + "adamw"),
 }
 PER_GPU = {"tiny": 4, "dense": 1, "dense-low": 8, "moe": 2}     # runs at once, measured on an H100
 NEAR = 0.1      # nats, 10% perplexity: stands in for the noise where there is one seed
@@ -158,8 +158,8 @@ def compare_rates(table, best):
             gain = max(finer_gains(table, lr).values())     # a valley of its own, whose bottom may be lower
         if mean(d) <= half + gain:
             near.append(lr)
-    low = max((lr for lr in shown if lr < min(near)), default=0)
-    high = min((lr for lr in shown if lr > max(near)), default=inf)
+    low = max((lr for lr, worse in shown.items() if worse and lr < min(near)), default=0)
+    high = min((lr for lr, worse in shown.items() if worse and lr > max(near)), default=inf)
     return shown, sorted(near), low, high
 
 def compare_settings(tables, margin):
@@ -202,15 +202,15 @@ def stages(table, plan):
     if plan.widen and best and not any(lr > best and inf in row.values() for lr, row in table.items()):
         rates.append(float(f"{max(table) * 3.3:.0e}"))
     # Between the best and its neighbours, until both are within a factor of 2, or closer where that pays.
-    gains = finer_gains(table, best) if best else {}
+    wanted = best and (plan.widen or plan.refine) and len(neighbours(table, best)) == 2
+    gains = finer_gains(table, best) if wanted else {}
     for lr, gain in gains.items():
         limit = 2.05    # rates have two digits
         if len(plan.settings) > 1 and gain > plan.margin / 2:   # it blurs their difference
             limit = 1.25
         elif gain > WORTH and len(table[best]) == 1 and max(table[lr].values()) < inf:
             limit = 1.4
-        far = abs(log(lr / best)) > log(limit) / 2 ** plan.refine   # each halves the log distance
-        if far and len(gains) == 2 and (plan.widen or plan.refine):
+        if abs(log(lr / best)) > log(limit) / 2 ** plan.refine:     # each halves the log distance
             rates.append(float(f"{np.clip(sqrt(best * lr), best / 2, best * 2):.2g}"))
     yield [(lr, 0) for lr in rates]
     # Seeds for the best and its neighbours, then for all not shown to be worse, with the next ones outside.
@@ -276,7 +276,8 @@ def refuse_mixture(runs, mix_code):
     if mixed:
         names = textwrap.shorten(", ".join(mixed), 200, placeholder=" ...")
         other = ", ".join(sorted(set().union(*mixed.values())))
-        die(f"{names} began with other {other}; choose another --name, or mix old and new with --mix-code")
+        advice = "" if mix_code or "data" in other else ", or mix old and new with --mix-code"
+        die(f"{names} began with other {other}; choose another --name{advice}")
 
 def judge(runs):
     """Sets loss and status of each run, beside the best: inf where it diverged, None where it goes on."""
@@ -294,7 +295,7 @@ def judge(runs):
             run["loss"] = inf
 
 def losses(runs, keys):
-    """{key: loss} of these among the runs, judged beside each other; None: not finished, or not there."""
+    """{key: loss} of these among the runs, judged beside each other here; None: not finished or begun."""
     names = {run_name(key): key for key in keys}
     found = [run for run in runs if run["name"] in names]
     judge(found)
@@ -375,8 +376,9 @@ def execute(plan, keys):
                 process.kill()
                 process.wait()
 
-def prepare(plan, todo):
-    """Once, before the first run: one corpus, one code, and one owner of the folder. Returns its lock."""
+def begin(plan, todo):
+    """Once, before the first run: one corpus, and one owner of the folder. Returns its lock. A dry run prints
+    its commands here, and ends."""
     if todo and len(plan.settings) > 1:     # each setting reads the corpus that the largest budget needs
         tokens = [int(ask_train(plan, (setting, *todo[0][1:]), "--dry-run")) for setting in plan.settings]
         plan.flags = [*plan.flags, "--data-tokens", str(max(tokens))]
@@ -393,7 +395,7 @@ def prepare(plan, todo):
 
 def run_sweep(plan):
     """Round after round; a restart replays them, and finished runs answer at once. Then the report."""
-    flags = plan.flags  # to which prepare adds
+    flags = plan.flags  # to which begin() adds
     made_with = (plot.read_json(plan.dir / "sweep.json") or {}).get("flags", flags)
     if made_with != flags:
         die(f"{plan.dir} was made with other flags, {made_with}; choose another --name")
@@ -406,7 +408,7 @@ def run_sweep(plan):
         todo = [key for key, loss in losses(runs, keys).items() if loss is None]
         refuse_mixture(runs, plan.mix_code or not todo)     # somebody may have edited what is run
         if todo or ended:
-            owner = owner or prepare(plan, todo)
+            owner = owner or begin(plan, todo)
             write_aside(plan.dir / "sweep.json", json.dumps(dict(flags=flags, ended=ended)).encode())
         execute(plan, todo)
         asked += keys
@@ -455,10 +457,10 @@ def analyse_setting(label, table, runs):
         with np.errstate(all="ignore"):     # no variation, no correlation
             summary[name] = np.corrcoef(x, rowvar=False)[0, 1] if len(x) > 2 else None
     edge = {}   # the first rates above the best with a run that was unstable, or diverged; and the one below
-    for below, row in reversed(list(itertools.pairwise(rates))):
+    for below, row in itertools.pairwise(rates):
         for status in plot.EDGE:
-            if row["lr"] > best and row[status]:
-                edge["lr"] = row["lr"]
+            if row["lr"] > best and row[status] and status not in edge:
+                edge.setdefault("lr", row["lr"])
                 edge[status] = dict(lr=row["lr"], ratio=row["lr"] / best, least=below["lr"] / best,
                                     survived=below["lr"], seeds=row[status], of=len(row["seeds"]))
     squares, df = noise_near(table, best)
@@ -541,7 +543,7 @@ def write_up(insights):
             if status in s["edge"]:
                 text.append(FIRST[status].format(**s["edge"][status]))
             else:
-                text.append(f"No rate from the best to {s['rates'][-1]['lr']:g} was {status}.")
+                text.append(f"No rate above the best, up to {s['rates'][-1]['lr']:g}, was {status}.")
         text.append("Over the rates that survived, and the correlation of their log rate with:")
         text.append(markdown([s["summary"]], "mean deviation best worst loss accuracy perplexity"))
     if insights["one_batch"]:
@@ -591,7 +593,7 @@ def parse_vary(texts):
     for text in texts:
         names, _, values = text.partition("=")
         flags = names.replace("_", "-").split(",")
-        if {"lr", "seed", "out", "preset", "data", "vocab-size"}.intersection(flags):
+        if {"lr", "seed", "out", "preset", "data", "data-tokens", "vocab-size"}.intersection(flags):
             die(f"--vary {text}: rates have --lrs, seeds --seeds; losses compare within one tokenizer only")
         axes.append([])
         for value in values.split(","):
@@ -622,7 +624,7 @@ def make_plan(argv):
     add("--refine", type=int, default=0, choices=range(10), help="how often to halve steps around the best")
     add("--vary", action="append", default=[], help="FLAG=V1,V2 of train.py, or FLAG1,FLAG2=A:B,C:D")
     add("--widen", action=argparse.BooleanOptionalAction, default=not own, help="search beyond these rates")
-    add("--max-runs", type=positive, help="at most this many; None: 16 for each setting and seed")
+    add("--max-runs", type=positive, help="at most this many; None: 16, or all of --lrs, a setting and seed")
     add("--jobs", type=positive, help="runs at once; None: as many as pay")
     add("--margin", type=float, default=0.01, help="nats: settings within it are called the same")
     add("--name", help="folder under runs/; None: from the flags")

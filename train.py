@@ -62,7 +62,8 @@ RECIPES = {
 }
 FOUND = {("dense", "adamw", 512): 3e-3, ("dense-low", "adamw", 512): 1.3e-3,    # preset, optimizer, d_model:
          ("dense-low", "muon", 512): 0.01, ("moe", "muon", 384): 0.065}         # best (results/README.md)
-FREE = ("out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval")  # change no number
+FREE = ("out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval",
+        "data_tokens")  # change no number; what text there is, its hash tells
 CODE = ("model.py", "optim.py", "schedule.py", "data.py", "train.py")       # what a loss depends on
 
 def fail(message):
@@ -160,10 +161,10 @@ def pick_device(name, local_rank=0):
     """A torch.device that is really there; `auto` takes cuda, then mps, then cpu."""
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name == "auto":
-        name = there[0].removesuffix(":0")
-    if name == "cuda":
+    if name == "cuda" or (name == "auto" and there[0] == "cuda:0"):
         name = f"cuda:{local_rank}"
+    elif name == "auto":
+        name = there[0]
     if name not in there:
         fail(f"device {name!r} is not available here; use --device cpu")
     return torch.device(name)
@@ -258,8 +259,8 @@ def make_step(losses, optimizers, model, args):
     return step
 
 def all_reduce(tensors):
-    """Each tensor becomes its sum over all processes, in one float32 message: in bfloat16 the final loss of
-    the tiny preset moved by up to 0.06 nats, while summing in another order moves it by 0.01 (5 seeds)."""
+    """Each tensor becomes its sum over all processes, in one float32 message: one cast to bfloat16 moved the
+    final loss of tiny by up to 0.06 nats, while summing in another order moves it by 0.01 (5 seeds)."""
     message = flat(tensors)
     dist.all_reduce(message)
     for t, total in zip(tensors, message.split([t.numel() for t in tensors])):
@@ -307,7 +308,7 @@ def measure_sharpness(model, optimizers, x, y, args, lr, vectors):
     params = [p for optimizer in optimizers for p in optimizer.params]
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")       # no TF32
-    plain = copy.copy(model).eval()                     # the same weights, no dropout
+    plain = copy.copy(model).eval()     # the same blocks, without dropout until model.train() below
     plain.dtype = torch.float32
     # forward() has second derivatives, HeadLoss none; of a GPU's attention kernels only MATH has.
     with attention.sdpa_kernel(attention.SDPBackend.MATH):
@@ -384,7 +385,9 @@ def read_folder(out, args, meta, device):
         was = (parts[0] | parts[1]).get(key)
         if key not in FREE and was != now:
             change = f"--{key.replace('_', '-')} was {was!s:.80}, is {now!s:.80}"
-            fail(f"{out} began with other settings or another text: {change}; repeat them, or change --out")
+            if key in meta:
+                change = f"with another text or tokenizer ({key} differs)"
+            fail(f"{out} began otherwise: {change}; repeat what it began with, or change --out")
     return saved, started
 
 # The run ------------------------------------------------------------------------------------------
@@ -395,9 +398,9 @@ def run(args, config):
     dtype = pick_dtype(args.dtype, device)
     check_size(args, config, device, world)
     tokens_per_step = args.batch_size * config.context_length
-    n_tokens = args.data_tokens or tokens_per_step * args.max_steps
+    n_tokens = tokens_per_step * args.max_steps
     if args.dry_run:
-        print(n_tokens)
+        print(args.data_tokens or n_tokens)
         return 0
     if not args.out and (args.resume or args.out == ""):
         fail("--out needs a folder; with --resume, that of the run to go on with")
@@ -406,7 +409,7 @@ def run(args, config):
         fail(f"{out} already holds a run; add --resume to continue it, or choose another --out")
 
     # Data: one process prepares it, the others wait for it.
-    corpus = data.load(args.data, config.vocab_size, n_tokens)
+    corpus = data.load(args.data, config.vocab_size, args.data_tokens or n_tokens)
     def get_batch(n, step):         # x and y: (2, n, T)
         return torch.stack(data.get_batch(corpus.train, n, config.context_length, args.seed, step))
     windows = torch.stack(data.val_windows(corpus.val, config.context_length, args.eval_tokens))
@@ -417,10 +420,10 @@ def run(args, config):
     if args.resume:
         saved, started = read_folder(out, args, corpus.meta, device)
         before = plot.read_run(out)                     # None: config.json is damaged
-        if before and before["status"] in plot.STATUSES and len(before["metrics"]["step"]):
-            if not saved or saved["metrics"].encode() == (out / "metrics.csv").read_bytes():
-                print(f"{out} is already finished")
-                return 0
+        finished = before and before["status"] in plot.STATUSES and len(before["metrics"]["step"])
+        if finished and (not saved or saved["metrics"].encode() == (out / "metrics.csv").read_bytes()):
+            print(f"{out} is already finished")
+            return 0
     if args.prepare:
         return 0
 
@@ -486,15 +489,16 @@ def run(args, config):
         metrics_file.write(saved["metrics"] if saved else ",".join(columns) + "\r\n")
         writer = csv.DictWriter(metrics_file, columns)
 
-    def say(line, **cells):     # on the console and in training.log; cells become a row of metrics.csv
-        if rank > 0:
-            return
-        if cells:
-            cells.update(step=step, tokens=step * tokens_per_step, elapsed=time.perf_counter() - began)
-            writer.writerow(cells)
-            line = f"step {step}/{args.max_steps} | {line}"
-        print(line, flush=True)
-        log_file.write(line + "\n")
+    def say(line):                  # on the console and in training.log
+        if rank == 0:
+            print(line, flush=True)
+            log_file.write(line + "\n")
+
+    def log_row(line, **cells):     # the same, and a row of metrics.csv
+        if rank == 0:
+            elapsed = time.perf_counter() - began
+            writer.writerow(dict(cells, step=step, tokens=step * tokens_per_step, elapsed=elapsed))
+        say(f"step {step}/{args.max_steps} | {line}")
 
     stop, pending = [], []                          # signals that came; a checkpoint that is being written
     saver = ThreadPoolExecutor(1)                   # ... while the next steps run
@@ -512,7 +516,7 @@ def run(args, config):
     handlers = {number: signal.signal(number, on_signal) for number in signal.Signals
                 if number.name in ("SIGINT", "SIGTERM", "SIGHUP")}
 
-    epochs = tokens_per_step * args.max_steps / len(corpus.train)
+    epochs = n_tokens / len(corpus.train)
     say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters, "
         f"{counts['used per token']:,} a token; {args.max_steps} steps of {args.batch_size} x "
         f"{config.context_length} tokens, {epochs:.2g} times the text; {args.optimizer} at {args.lr:g} on "
@@ -527,8 +531,8 @@ def run(args, config):
         # Evaluate: always the same windows, before the step that follows.
         if step > start and (step % args.eval_interval == 0 or last):
             val = evaluate(model, *windows.to(device), min(args.batch_size, 32), bytes_per_token)
-            loss, accuracy, _, bpb = val.values()
-            say(f"val loss {loss:.4f} | accuracy {accuracy:.2%} | {bpb:.4f} bits a byte", **val)
+            loss, accuracy, bpb = val["val_loss"], val["val_accuracy"], val["val_bpb"]
+            log_row(f"val loss {loss:.4f} | accuracy {accuracy:.2%} | {bpb:.4f} bits a byte", **val)
             state.results.update({f"final_{key}": value for key, value in val.items()})
             if loss < state.results["best_val_loss"]:
                 state.results.update(best_val_loss=loss, best_val_step=step, best_val_accuracy=accuracy)
@@ -565,7 +569,7 @@ def run(args, config):
             n = args.batch_size if args.full_batch else min(args.batch_size, 16)
             xy = get_batch(n, 0).to(device)
             cells = measure_sharpness(model, optimizers, *xy, args, lr, state.eigenvectors)
-            say(f"sharpness {cells['sharpness']:.4g}", **cells)
+            log_row(f"sharpness {cells['sharpness']:.4g}", **cells)
         timed_from += time.perf_counter() - paused
 
         # Take a batch: this process's slice of it, in grad_accum pieces.
@@ -595,8 +599,8 @@ def run(args, config):
             speed = min(n_steps, step - start) * tokens_per_step / (now - timed_from)
             timed_from = now
             eta = timedelta(seconds=int((args.max_steps - step) * tokens_per_step / speed))
-            say(f"loss {loss:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}", lr=lr, train_loss=loss,
-                grad_norm=grad_norm, tokens_per_sec=speed, **dict(zip(router_columns, router)))
+            log_row(f"loss {loss:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}", lr=lr, train_loss=loss,
+                    grad_norm=grad_norm, tokens_per_sec=speed, **dict(zip(router_columns, router)))
 
     # The end --------------------------------------------------------------------------------------
     for result in pending:

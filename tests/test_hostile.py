@@ -150,6 +150,7 @@ SWEEP = """
 --jobs -1                          jobs
 --max-runs nan                     max-runs
 --vary =                           --vary
+--vary data-tokens=1,2             --vary
 --report nowhere                   nowhere
 --margin nan                       margin
 --refine -1                        refine

@@ -333,3 +333,13 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path):
         done = python(ROOT / "plot.py", dir)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(dir) in done.stderr
     assert python(ROOT / "plot.py").returncode == 2
+
+
+@pytest.mark.parametrize("n", [1, 99, 100, 101, 199, 200, 5000])
+def test_curves_are_averaged_to_at_most_a_hundred_points_and_keep_their_end(n):
+    steps = np.arange(1.0, n + 1)
+    metrics = dict(step=steps, loss=steps)
+    points = plot.points(dict(metrics=metrics), "loss")
+    block = math.ceil(n / 100)
+    assert points.shape[1] <= 100 and points.shape[1] >= min(n, 50)
+    assert points[0, -1] == n - (block - 1) / 2 and (points[0] == points[1]).all()

@@ -423,8 +423,15 @@ def test_all_edited_files_and_old_runs_are_named_in_one_line(tmp_path, monkeypat
     message = capsys.readouterr().err
     assert refusal.value.code == 2
     assert "lr1-s0, lr2-s0, lr3-s0" in message and ", ... began with other model.py, optim.py;" in message
-    assert message.count("\n") == 1 and len(message) < 400
+    assert message.count("\n") == 1 and len(message) < 400 and "--mix-code" in message
     sweep.refuse_mixture(runs, mix_code=True)
+    runs[0]["config"]["data"] = dict(train_sha256="a", val_sha256="b")
+    sweep.refuse_mixture(runs, mix_code=True)   # the others' configs lost theirs
+    runs[1]["config"]["data"] = dict(train_sha256="c", val_sha256="b")
+    with pytest.raises(SystemExit):
+        sweep.refuse_mixture(runs, mix_code=True)
+    message = capsys.readouterr().err
+    assert "lr2-s0 began with other data;" in message and "--mix-code" not in message
 
 
 def test_runs_of_other_data_are_refused(tmp_path):

@@ -377,6 +377,19 @@ def test_a_run_does_not_go_on_with_another_text(capsys):
     assert "another text" in refused(capsys, "--data", "edited.txt", "--out", "edited", "--resume")[-1]
 
 
+def test_more_text_than_a_run_reads_changes_neither_its_compiling_nor_its_resuming(monkeypatch):
+    """A sweep of several budgets names the largest to every run, and it may grow."""
+    asked = []
+
+    def pick_compile(wanted, device, config, tokens):
+        asked.append(tokens)
+    monkeypatch.setattr(train, "pick_compile", pick_compile)
+    whole = run("budget", "--data-tokens", "30000000")[2]
+    assert asked == [20 * 8 * 16]
+    forget_the_end("budget")
+    assert run("budget", "--data-tokens", "60000000", "--resume")[2] == whole
+
+
 BAD = """
 --preset huge                      huge
 --data nowhere                     nowhere
