@@ -177,7 +177,7 @@ def figure(columns, height=5.5):
     from matplotlib.figure import Figure
     rows = 1 + len(columns) // 6
     across = -(-len(columns) // rows)       # rounded up
-    fig = Figure(figsize=(5 + 4 * across, height * rows), dpi=130, layout="constrained")
+    fig = Figure(figsize=(1.5 + 5 * across, height * rows), dpi=130, layout="constrained")
     fig.subplots(rows, across)
     for ax, column in zip(fig.axes, columns):
         ax.spines[["top", "right"]].set_visible(False)
@@ -192,10 +192,12 @@ def figure(columns, height=5.5):
 def save(fig, path):
     """With one legend beside the panels; written aside and renamed, so that none sees half a picture."""
     legend = {label: line for ax in fig.axes for line, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(legend.values(), legend.keys(), loc="outside right upper", frameon=False, fontsize=8,
-               handlelength=4, ncols=1 + len(legend) // 28)
+    box = fig.legend(legend.values(), legend.keys(), loc="outside right upper", frameon=False, fontsize=8,
+                     handlelength=4, ncols=1 + len(legend) // 28)
+    width = box.get_window_extent().width / fig.dpi     # inches, beside the panels and not out of them
+    fig.set_figwidth(fig.get_figwidth() + width)
     aside = path.with_name(path.name + ".tmp")
-    fig.savefig(aside, format="png", bbox_inches="tight")
+    fig.savefig(aside, format="png")
     return aside.replace(path)
 
 def points(run, column):
@@ -216,8 +218,11 @@ def loss_axis(ax, losses):
     floor = lowest - gap
     ticks = floor + np.geomspace(gap, gap + span, 7)
     digits = int(1 - np.log10(ticks[1] - ticks[0]))     # that tell the lowest two apart
-    ax.set_yscale("function", functions=(lambda loss: np.log(np.maximum(loss - floor, 1e-6)),
-                                         lambda height: np.exp(height) + floor))
+    def height(loss):
+        return np.log(np.maximum(loss - floor, 1e-6))
+    def loss(height):
+        return np.exp(height) + floor
+    ax.set_yscale("function", functions=(height, loss))
     ax.set_yticks(np.round(ticks, digits))
     ax.set_ylim(floor + 0.8 * gap, lowest + 1.05 * span)
 
@@ -346,11 +351,12 @@ def draw_table(rows):
     cells = [names]
     for row in rows:
         values = [row[name] for name in names]
-        cells.append([f"{x:.4g}" if isinstance(x, float) else x for x in values])
-    fig = figure([""], height=0.1)
-    fig.set_layout_engine("none")   # the picture grows with the table
+        cells.append([f"{x:.4g}" if isinstance(x, float) else str(x or "") for x in values])
+    widths = [max(map(len, column)) for column in zip(*cells)]      # in letters
+    fig = figure([""])
+    fig.set_size_inches(0.1 * sum(widths), 0.22 * len(cells))
     fig.axes[0].axis("off")
-    fig.axes[0].table(cells, loc="center").auto_set_column_width(range(len(names)))
+    fig.axes[0].table(cells, colWidths=widths, bbox=(0, 0, 1, 1))
     return fig
 
 # Command line -------------------------------------------------------------------------------------
