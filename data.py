@@ -8,13 +8,13 @@ byte pair encoding (BPE) is trained on the others, and both become flat files of
 BPE (Sennrich et al. 2016; on bytes: Radford et al. 2019) starts from the 256 bytes and again and again makes
 the most frequent pair of neighbours a new token. Two ideas make it fast in plain Python. Merges never cross a
 piece (a word with its leading space, a number, a run of punctuation), so equal pieces are counted and merged
-once. And a piece is a str whose characters are token ids: to merge is str.replace, 16-bit ids are UTF-16.
+once. And a piece is a str whose characters are token ids: merging is str.replace, writing is str.encode.
 
     python data.py stdlib                      # the running Python's own library: no network
     python data.py my.txt --vocab-size 1000    # or a folder; each file is a document
     python data.py tinystories --tokens 4e7    # from the Hugging Face hub, as much as 40 M tokens need
 
-prepares a corpus under data/ and shows what a model will see. tokenizer.json is one of Hugging Face's library
+prepares a corpus under data/ and shows what a model will see. tokenizer.json has the format of Hugging Face's
 `tokenizers`, with the same ids but for letters newer than this Python's Unicode (13 in 3.10, 15.1 in 3.13).
 """
 
@@ -148,7 +148,7 @@ def train_bpe(piece_counts, vocab_size):
     places = defaultdict(list)  # the words that hold it, or did
     changed = set()  # pairs whose counts are not in the queue
 
-    def rewrite(i, word, new=None):  # new: the symbol that a merge made; None: the word is read first
+    def rewrite(i, word, new=None):  # new: the merged symbol; None on first reading
         n = frequency[i]
         for pair in map(add, words[i], words[i][1:]):
             counts[pair] -= n
@@ -372,7 +372,7 @@ def prepare(files, val_files, tokenizer, vocab_size, folder):
 
 class Corpus:
     """What is in a prepared folder: tokenizer, train and val ((n,) uint16 ids, mapped from the files),
-    token_bytes ((vocab_size,), the bytes an id stands for, 0 for <|endoftext|>), and meta, counted anew."""
+    token_bytes ((vocab_size,), how many an id stands for, 0 for <|endoftext|>), and meta, counted anew."""
     def __init__(self, folder, label):
         path = folder / "tokenizer.json"
         self.folder = folder
@@ -488,7 +488,9 @@ def main():
         parser.error(f"--tokens {args.tokens:g}: use a number from 1 to 1e12")
     try:
         corpus = load(args.name, args.vocab_size, int(args.tokens), args.cache)
-        p = np.bincount(corpus.train, minlength=len(corpus.token_bytes)) / len(corpus.train)
+        parts = np.array_split(corpus.train, len(corpus.train) // 10**6 + 1)  # bincount makes int64 of them
+        counts = sum(np.bincount(part, minlength=len(corpus.token_bytes)) for part in parts)
+        p = counts / len(corpus.train)
         bytes_per_token = p @ corpus.token_bytes
         bits_per_byte = -p @ np.log2(p + 1e-30) / bytes_per_token
         (sys.stdout or sys.stderr).reconfigure(errors="backslashreplace")  # show any token in any locale

@@ -122,7 +122,7 @@ class HeadLoss(torch.autograd.Function):
             total = e.sum(-1, keepdim=True)                                 # softmax is e / total
             nll = total.log() + top - logits.gather(1, t)                   # (n, 1)
             loss = loss + nll.sum()
-            of_target = total * torch.expm1(-nll)                           # of probability - 1, exact near 0
+            of_target = total * torch.expm1(-nll)                           # total x (p - 1), exact near 0
             grad = e.to(h.dtype).scatter_(1, t, of_target.to(h.dtype))      # total x (softmax - onehot)
             grad_h.append((grad @ w / total).to(h.dtype))
             grad_w += grad.T @ (rows / total).to(h.dtype)

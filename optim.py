@@ -162,7 +162,7 @@ class Optimizer:
         self.settings = settings
         self.peak_lr = lr
         self.lr = torch.tensor(lr, device=self.params[0].device)
-        # Arguments of update by these names: a tensor for each parameter; adamw's step is one number.
+        # By the names of update's arguments: a tensor for each parameter; adamw's step is one number.
         self.state = {name: [torch.zeros_like(p) for p in self.params] for name in kept}
         if update is adamw_update:
             self.state["step"] = torch.zeros_like(self.lr)

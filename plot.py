@@ -16,6 +16,7 @@ median does not see a few spikes: sigma = median |loss[i+1] - 2 loss[i] + loss[i
 """
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +177,7 @@ def figure(columns, height=5.5):
     """A Figure (inches), without pyplot's global state, whose axes are a panel a column, in order."""
     from matplotlib.figure import Figure
     rows = 1 + len(columns) // 6
-    across = -(-len(columns) // rows)       # rounded up
+    across = math.ceil(len(columns) / rows)
     fig = Figure(figsize=(1.5 + 5 * across, height * rows), dpi=130, layout="constrained")
     fig.subplots(rows, across)
     for ax, column in zip(fig.axes, columns):
@@ -204,7 +205,7 @@ def points(run, column):
     """Steps and values of a column, averaged in blocks to at most 100: minibatch noise hides who is lower."""
     rows = np.stack([run["metrics"]["step"], run["metrics"][column]])
     rows = rows[:, np.isfinite(rows).all(axis=0)]
-    block = max(1, -(-rows.shape[1] // 100))
+    block = max(1, math.ceil(rows.shape[1] / 100))
     rest = rows.shape[1] % block
     return rows[:, rest:].reshape(2, -1, block).mean(axis=2)    # (2, points)
 
@@ -218,11 +219,11 @@ def loss_axis(ax, losses):
     floor = lowest - gap
     ticks = floor + np.geomspace(gap, gap + span, 7)
     digits = int(1 - np.log10(ticks[1] - ticks[0]))     # that tell the lowest two apart
-    def height(loss):
+    def to_height(loss):
         return np.log(np.maximum(loss - floor, 1e-6))
-    def loss(height):
+    def to_loss(height):
         return np.exp(height) + floor
-    ax.set_yscale("function", functions=(height, loss))
+    ax.set_yscale("function", functions=(to_height, to_loss))
     ax.set_yticks(np.round(ticks, digits))
     ax.set_ylim(floor + 0.8 * gap, lowest + 1.05 * span)
 

@@ -13,8 +13,8 @@ weights and batches, so that differences between rates are paired: its luck drop
     shown     a rate is worse where its mean paired difference to the best exceeds t(df) s / sqrt(seeds): s is
               sqrt(2) noise, or the deviation of the differences if larger; t stands at 1 - 0.025 / k for k
               rates compared (Bonferroni). One that diverged with two seeds, all of them, is worse too
-    interval  the optimum lies between the nearest rates shown to be worse on either side of all that are not,
-              and of local valleys that may be deeper. One seed knows no noise: 0.1 nats stand in
+    interval  the optimum lies between the nearest rates shown to be worse, below and above all that are not
+              and all local valleys that may be deeper. One seed knows no noise: 0.1 nats stand in
     settings  are compared at their best rates. What a finer grid could still gain widens the interval of the
               difference: the lowest that a convex valley through the tried rates could be between them
 """
@@ -231,7 +231,8 @@ def tables_of(results):
     return tables
 
 def next_runs(results, plan):
-    """The search: {(setting, rate, seed): loss} of all asked for so far -> the next of them, why it ended."""
+    """The search: {(setting, rate, seed): loss} of all asked for so far (inf: diverged, None: failed) -> the
+    next of them, and why it ended (None: it goes on)."""
     tables = tables_of(results)
     keys = []
     for setting in plan.settings:
@@ -261,7 +262,7 @@ def run_name(key):
 def refuse_mixture(runs, mix_code):
     """Dies at runs of other data than the first's or, without mix_code, of other code than there is now."""
     now = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in TRAIN.parent.glob("*.py")}
-    mixed = {}  # run: of what it began with another
+    mixed = {}  # run: what has changed since it began
     for run in runs:
         began = {}
         if not mix_code:
@@ -275,9 +276,9 @@ def refuse_mixture(runs, mix_code):
             mixed[run["name"]] = changed
     if mixed:
         names = textwrap.shorten(", ".join(mixed), 200, placeholder=" ...")
-        other = ", ".join(sorted(set().union(*mixed.values())))
+        other = sorted(set().union(*mixed.values()))
         advice = "" if mix_code or "data" in other else ", or mix old and new with --mix-code"
-        die(f"{names} began with other {other}; choose another --name{advice}")
+        die(f"{names} began with other {', '.join(other)}; choose another --name{advice}")
 
 def judge(runs):
     """Sets loss and status of each run, beside the best: inf where it diverged, None where it goes on."""
@@ -285,8 +286,8 @@ def judge(runs):
         run["loss"] = None
         if run["status"] == "diverged":
             run["loss"] = inf
-        elif run["status"] in plot.STATUSES:
-            run["loss"] = run["summary"].get("final_val_loss")
+        elif run["status"] in plot.STATUSES and isinstance(run["summary"].get("final_val_loss"), float):
+            run["loss"] = run["summary"]["final_val_loss"]
     alive = [run for run in runs if run["loss"] not in (None, inf) and len(run["train"]["train_loss"])]
     best = min(alive, key=lambda run: run["loss"], default=None)
     for run in alive:
@@ -315,7 +316,7 @@ def visible_gpus(device):
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device not in ("auto", "cuda") or names in ("", "-1"):
         return []
-    if names is None:   # without a GPU, the shell's word that there is no nvidia-smi
+    if names is None:   # without nvidia-smi the shell's complaint holds no UUID
         return [str(i) for i in range(subprocess.getoutput("nvidia-smi -L").count("UUID"))]
     return re.findall(r"[^\s,]+", names)
 
@@ -340,15 +341,16 @@ def start(plan, key, slot):
     with open(dir / "stderr.log", "wb") as log:
         return subprocess.Popen(command(plan, key), stdout=subprocess.DEVNULL, stderr=log, env=env, **CHILD)
 
-def finish(dir):
+def finish(dir, failed):
     """Says how a run ended, as it sees it: beside a better one it may yet be slow, or diverged."""
     summary = plot.read_json(dir / "summary.json") or {}
     log = dir / "stderr.log"
     lines = log.read_text(errors="replace").splitlines()
     if not lines:
         log.unlink()
-    if summary.get("status") in plot.STATUSES:
-        print(f"{dir.name}: {summary['status']}, val loss {summary.get('final_val_loss')!s:.6}")
+    if summary.get("status") in plot.STATUSES and not failed:
+        loss = summary.get("final_val_loss") or nan     # null: it was not finite
+        print(f"{dir.name}: {summary['status']}, val loss {loss:.4g}")
     else:
         print(f"{dir.name}: FAILED, the others go on. The end of {log}:", *lines[-6:], sep="\n")
 
@@ -358,7 +360,8 @@ def execute(plan, keys):
         while keys or running:
             for slot in range(plan.jobs):
                 if slot in running and running[slot][1].poll() is not None:
-                    finish(plan.dir / run_name(running.pop(slot)[0]))
+                    key, process = running.pop(slot)
+                    finish(plan.dir / run_name(key), failed=process.returncode != 0)
                 if slot not in running and keys:
                     key = keys.pop(0)
                     running[slot] = key, start(plan, key, slot)
@@ -624,7 +627,7 @@ def make_plan(argv):
     add("--refine", type=int, default=0, choices=range(10), help="how often to halve steps around the best")
     add("--vary", action="append", default=[], help="FLAG=V1,V2 of train.py, or FLAG1,FLAG2=A:B,C:D")
     add("--widen", action=argparse.BooleanOptionalAction, default=not own, help="search beyond these rates")
-    add("--max-runs", type=positive, help="at most this many; None: 16, or all of --lrs, a setting and seed")
+    add("--max-runs", type=positive, help="None: per setting and seed 16, or as many as --lrs")
     add("--jobs", type=positive, help="runs at once; None: as many as pay")
     add("--margin", type=float, default=0.01, help="nats: settings within it are called the same")
     add("--name", help="folder under runs/; None: from the flags")
@@ -664,18 +667,21 @@ def main(argv):
             return 0
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
-        return run_sweep(plan)
-    except SystemExit as end:
-        if end.code > 128:      # by one of these signals
-            print("stopped; every run keeps what it has. The same command goes on")
-        raise
+        try:
+            return run_sweep(plan)
+        except SystemExit as end:
+            if end.code > 128:  # by one of these signals
+                print("stopped; every run keeps what it has. The same command goes on")
+            raise
     except BrokenPipeError:     # whoever read the lines has gone (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except subprocess.CalledProcessError:   # train.py has said what is wrong
         return 2
-    except (DataError, OSError) as error:   # another sweep owns the folder; it is full, or read-only
+    except DataError as error:  # another sweep owns the folder
         die(error)
+    except OSError as error:    # a full disk, a folder that is read-only or not there
+        die(f"{error.filename or 'output'}: {error.strerror}")
 
 if __name__ == "__main__":
     sys.stdout = sys.stdout or open(os.devnull, "w")    # None: closed by whoever started this

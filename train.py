@@ -61,9 +61,9 @@ RECIPES = {
                 max_steps=100, eval_tokens=32_768),
 }
 FOUND = {("dense", "adamw", 512): 3e-3, ("dense-low", "adamw", 512): 1.3e-3,    # preset, optimizer, d_model:
-         ("dense-low", "muon", 512): 0.01, ("moe", "muon", 384): 0.065}         # best (results/README.md)
+         ("dense-low", "muon", 512): 0.01, ("moe", "muon", 384): 0.065}         # found (results/README.md)
 FREE = ("out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval",
-        "data_tokens")  # change no number; what text there is, its hash tells
+        "data_tokens")  # change no number; if data_tokens changes the text, its hash tells
 CODE = ("model.py", "optim.py", "schedule.py", "data.py", "train.py")       # what a loss depends on
 
 def fail(message):
@@ -259,8 +259,8 @@ def make_step(losses, optimizers, model, args):
     return step
 
 def all_reduce(tensors):
-    """Each tensor becomes its sum over all processes, in one float32 message: one cast to bfloat16 moved the
-    final loss of tiny by up to 0.06 nats, while summing in another order moves it by 0.01 (5 seeds)."""
+    """Each tensor becomes its sum over all processes, in one float32 message: a message in bfloat16 moved
+    the final loss of tiny by up to 0.06 nats, while summing in another order moves it by 0.01 (5 seeds)."""
     message = flat(tensors)
     dist.all_reduce(message)
     for t, total in zip(tensors, message.split([t.numel() for t in tensors])):
@@ -385,7 +385,7 @@ def read_folder(out, args, meta, device):
         was = (parts[0] | parts[1]).get(key)
         if key not in FREE and was != now:
             change = f"--{key.replace('_', '-')} was {was!s:.80}, is {now!s:.80}"
-            if key in meta:
+            if key not in vars(args):
                 change = f"with another text or tokenizer ({key} differs)"
             fail(f"{out} began otherwise: {change}; repeat what it began with, or change --out")
     return saved, started
@@ -412,6 +412,7 @@ def run(args, config):
     corpus = data.load(args.data, config.vocab_size, args.data_tokens or n_tokens)
     def get_batch(n, step):         # x and y: (2, n, T)
         return torch.stack(data.get_batch(corpus.train, n, config.context_length, args.seed, step))
+    get_batch(1, 0)                 # is the text long enough?
     windows = torch.stack(data.val_windows(corpus.val, config.context_length, args.eval_tokens))
     bytes_per_token = float(corpus.token_bytes[windows[1].numpy()].mean())
 
@@ -420,7 +421,8 @@ def run(args, config):
     if args.resume:
         saved, started = read_folder(out, args, corpus.meta, device)
         before = plot.read_run(out)                     # None: config.json is damaged
-        finished = before and before["status"] in plot.STATUSES and len(before["metrics"]["step"])
+        finished = before and before["status"] in plot.STATUSES and "final_val_loss" in before["summary"]
+        finished = finished and len(before["metrics"]["step"])
         if finished and (not saved or saved["metrics"].encode() == (out / "metrics.csv").read_bytes()):
             print(f"{out} is already finished")
             return 0

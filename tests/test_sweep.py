@@ -425,6 +425,10 @@ def test_all_edited_files_and_old_runs_are_named_in_one_line(tmp_path, monkeypat
     assert "lr1-s0, lr2-s0, lr3-s0" in message and ", ... began with other model.py, optim.py;" in message
     assert message.count("\n") == 1 and len(message) < 400 and "--mix-code" in message
     sweep.refuse_mixture(runs, mix_code=True)
+    runs[2]["config"]["code"] = {"data.py": "other"}    # is no other data
+    with pytest.raises(SystemExit):
+        sweep.refuse_mixture(runs[2:3], mix_code=False)
+    assert "began with other data.py; choose another --name, or mix" in capsys.readouterr().err
     runs[0]["config"]["data"] = dict(train_sha256="a", val_sha256="b")
     sweep.refuse_mixture(runs, mix_code=True)   # the others' configs lost theirs
     runs[1]["config"]["data"] = dict(train_sha256="c", val_sha256="b")
@@ -432,6 +436,28 @@ def test_all_edited_files_and_old_runs_are_named_in_one_line(tmp_path, monkeypat
         sweep.refuse_mixture(runs, mix_code=True)
     message = capsys.readouterr().err
     assert "lr2-s0 began with other data;" in message and "--mix-code" not in message
+
+
+def test_a_run_that_fails_again_is_said_to_have_failed_and_a_damaged_loss_is_left_out(tmp_path):
+    flags = ["--no-widen", "--max-steps", "12", "--lrs", "1e-3", "3e-3"]
+    dir = tmp_path / "runs/tiny-max-steps-12"
+    assert run(tmp_path, *flags).returncode == 0
+    (dir / "lr0.001-s0/config.json").write_text("{")
+    again = run(tmp_path, *flags, FAKE_FAIL="0.001")
+    assert again.returncode == 1 and "lr0.001-s0: FAILED" in again.stdout and "out of memory" in again.stdout
+    summary = json.loads((dir / "lr0.003-s0/summary.json").read_text())
+    (dir / "lr0.003-s0/summary.json").write_text(json.dumps(dict(summary, final_val_loss="2.6")))
+    assert run(tmp_path, "--report", str(dir)).returncode == 0
+    assert "lr0.003-s0" in analysis(dir).split("Left out")[1].splitlines()[0]
+
+
+def test_ctrl_c_when_nobody_reads_the_lines_any_more(tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "sweep.py")], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=environment(FAKE_DELAY="0.2"), text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 1 and process.stderr.read() == ""
 
 
 def test_runs_of_other_data_are_refused(tmp_path):

@@ -377,6 +377,16 @@ def test_a_run_does_not_go_on_with_another_text(capsys):
     assert "another text" in refused(capsys, "--data", "edited.txt", "--out", "edited", "--resume")[-1]
 
 
+def test_a_training_text_shorter_than_its_context_is_refused_before_anything_is_written(capsys):
+    """Equal documents stay together, so that the validation side may be the longer one."""
+    os.mkdir("copies")
+    for i in range(10):
+        Path(f"copies/{i}.txt").write_text("the same words again and again " * 40)
+    Path("copies/other.txt").write_text("a larger text, so that it stays out of validation " * 30)
+    lines = refused(capsys, "--data", "copies", "--context-length", "1400", "--out", "short", "--prepare")
+    assert "use --context-length" in lines[-1] and not Path("short").exists()
+
+
 def test_more_text_than_a_run_reads_changes_neither_its_compiling_nor_its_resuming(monkeypatch):
     """A sweep of several budgets names the largest to every run, and it may grow."""
     asked = []
