@@ -202,10 +202,10 @@ def save(fig, path):
     return aside.replace(path)
 
 def points(run, column):
-    """Steps and values of a column, averaged in blocks to at most 100: minibatch noise hides who is lower."""
+    """Steps and values of a column, averaged in blocks to at most 50: minibatch noise hides who is lower."""
     rows = np.stack([run["metrics"]["step"], run["metrics"][column]])
     rows = rows[:, np.isfinite(rows).all(axis=0)]
-    block = max(1, math.ceil(rows.shape[1] / 100))
+    block = max(1, math.ceil(rows.shape[1] / 50))
     rest = rows.shape[1] % block
     return rows[:, rest:].reshape(2, -1, block).mean(axis=2)    # (2, points)
 

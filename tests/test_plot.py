@@ -336,10 +336,10 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("n", [1, 99, 100, 101, 199, 200, 5000])
-def test_curves_are_averaged_to_at_most_a_hundred_points_and_keep_their_end(n):
+def test_curves_are_averaged_to_at_most_fifty_points_and_keep_their_end(n):
     steps = np.arange(1.0, n + 1)
     metrics = dict(step=steps, loss=steps)
     points = plot.points(dict(metrics=metrics), "loss")
-    block = math.ceil(n / 100)
-    assert points.shape[1] <= 100 and points.shape[1] >= min(n, 50)
+    block = math.ceil(n / 50)
+    assert points.shape[1] <= 50 and points.shape[1] >= min(n, 25)
     assert points[0, -1] == n - (block - 1) / 2 and (points[0] == points[1]).all()
