@@ -370,6 +370,11 @@ def prepare(files, val_files, tokenizer, vocab_size, folder):
 
 # Loading: a prepared corpus, its batches and its validation windows -------------------------------
 
+def count_tokens(tokens, vocab_size):
+    """(vocab_size,) how often each id occurs; a part at a time, as bincount makes int64 of it."""
+    parts = np.array_split(tokens, len(tokens) // 10**6 + 1)
+    return sum(np.bincount(part, minlength=vocab_size) for part in parts)
+
 class Corpus:
     """What is in a prepared folder: tokenizer, train and val ((n,) uint16 ids, mapped from the files),
     token_bytes ((vocab_size,), how many an id stands for, 0 for <|endoftext|>), and meta, counted anew."""
@@ -384,8 +389,7 @@ class Corpus:
         self.meta = {"corpus": label, "vocab_size": self.tokenizer.vocab_size}
         self.meta["tokenizer_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         for side, tokens in ("train", self.train), ("val", self.val):
-            parts = np.array_split(tokens, len(tokens) // 10**6 + 1)  # the sizes of all would fill the memory
-            self.meta[f"{side}_bytes"] = sum(int(self.token_bytes[part].sum()) for part in parts)
+            self.meta[f"{side}_bytes"] = int(count_tokens(tokens, len(self.token_bytes)) @ self.token_bytes)
             self.meta[f"{side}_tokens"] = len(tokens)
             self.meta[f"{side}_sha256"] = hashlib.sha256(tokens).hexdigest()
 
@@ -452,27 +456,30 @@ def lock(folder, wait=False):
     print(os.getpid(), end="", file=file, flush=True)
     return file
 
-def windows(tokens, context_length, starts):
-    """x, y: (B, T) int64 tensors on the CPU, the windows that begin at starts (B,); y is one token later."""
-    import torch  # not on top: the processes that prepare a corpus need none
+def windows(tokens, context_length):
+    """(len(tokens) - context_length, context_length + 1): every window, as a view."""
     if len(tokens) <= context_length:
         raise DataError(f"only {len(tokens):,} tokens: use --context-length {len(tokens) - 1} or less")
-    places = starts[:, None] + np.arange(context_length + 1)  # (B, T + 1)
-    both = torch.from_numpy(tokens[places].astype(np.int64))
+    return np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)
+
+def inputs_and_targets(chosen):
+    """x, y: (B, T) int64 tensors on the CPU from windows (B, T + 1), y one token later."""
+    import torch  # not on top: the processes that prepare a corpus need none
+    both = torch.from_numpy(chosen.astype(np.int64))
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 def get_batch(tokens, batch_size, context_length, seed, step):
     """x, y: (batch_size, context_length) int64, drawn by a counter-based generator (Philox, Salmon et al.
     2011) with the key (seed, step): every rate sees the same batches, and resuming needs no state of it."""
+    every = windows(tokens, context_length)
     random = np.random.Generator(np.random.Philox(key=seed % 2**64 + (step << 64)))
-    n = max(len(tokens) - context_length, 1)  # a text with none is refused by windows()
-    return windows(tokens, context_length, random.integers(0, n, batch_size))
+    return inputs_and_targets(every[random.integers(0, len(every), batch_size)])
 
 def val_windows(tokens, context_length, max_tokens):
     """x, y: (W, context_length) int64: always the same windows, evenly spread and apart; W >= 1."""
-    n_apart = max((len(tokens) - 1) // context_length, 1)
-    n = min(max(max_tokens // context_length, 1), n_apart)
-    return windows(tokens, context_length, np.arange(n) * n_apart // n * context_length)
+    apart = windows(tokens, context_length)[::context_length]
+    n = min(max(max_tokens // context_length, 1), len(apart))
+    return inputs_and_targets(apart[np.arange(n) * len(apart) // n])
 
 # python data.py NAME ------------------------------------------------------------------------------
 
@@ -488,9 +495,7 @@ def main():
         parser.error(f"--tokens {args.tokens:g}: use a number from 1 to 1e12")
     try:
         corpus = load(args.name, args.vocab_size, int(args.tokens), args.cache)
-        parts = np.array_split(corpus.train, len(corpus.train) // 10**6 + 1)  # bincount makes int64 of them
-        counts = sum(np.bincount(part, minlength=len(corpus.token_bytes)) for part in parts)
-        p = counts / len(corpus.train)
+        p = count_tokens(corpus.train, len(corpus.token_bytes)) / len(corpus.train)
         bytes_per_token = p @ corpus.token_bytes
         bits_per_byte = -p @ np.log2(p + 1e-30) / bytes_per_token
         (sys.stdout or sys.stderr).reconfigure(errors="backslashreplace")  # show any token in any locale

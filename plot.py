@@ -324,12 +324,12 @@ def draw_losses(runs, look, rows, insights):
             limits = (use["low"] or left, use["high"] or right)
             ax.axvspan(*limits, alpha=0.12, label="holds the optimum", **blue)
         ax.axvline(use["lr"], label=f"use {use['lr']:g} {use['setting']}", **blue)
-        edges = {s["label"]: s["edge"] or {} for s in insights["settings"]}
+        [edge] = [s["edge"] for s in insights["settings"] if s["label"] == use["setting"]]
         for status, line in zip(EDGE, (":", "--")):
-            first = edges[use["setting"]].get(status)
-            if first:
-                label = f"first {status}: {first['lr']:g}"
-                ax.axvline(first["lr"], color=COLOURS[status], linestyle=line, zorder=0, label=label)
+            if status in edge:
+                lr = edge[status]["lr"]
+                label = f"first {status}: {lr:g}"
+                ax.axvline(lr, color=COLOURS[status], linestyle=line, zorder=0, label=label)
     return fig
 
 def draw_edge(runs, look):

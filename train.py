@@ -421,8 +421,8 @@ def run(args, config):
     if args.resume:
         saved, started = read_folder(out, args, corpus.meta, device)
         before = plot.read_run(out)                     # None: config.json is damaged
-        finished = before and before["status"] in plot.STATUSES and "final_val_loss" in before["summary"]
-        finished = finished and len(before["metrics"]["step"])
+        finished = (before and before["status"] in plot.STATUSES and "final_val_loss" in before["summary"]
+                    and len(before["metrics"]["step"]))
         if finished and (not saved or saved["metrics"].encode() == (out / "metrics.csv").read_bytes()):
             print(f"{out} is already finished")
             return 0

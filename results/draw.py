@@ -26,13 +26,12 @@ def by_number(found, name):
 fig = Figure(figsize=(17, 5), dpi=100, layout="constrained")
 left, middle, right = fig.subplots(1, 3)
 width = np.array([128, 256, 512, 1024])
-for optimizer, power in (("adamw", -1), ("muon", -0.5)):
+for optimizer, law, name in (("adamw", 0.5 / width, "0.5 / width"),
+                             ("muon", 0.64 / width ** 0.5, "0.64 / sqrt(width)")):
     found = by_number(settings(f"width-{optimizer}"), "d-model")
     if optimizer == "adamw":    # again, with rates low enough to bracket its best
         found[-1:] = settings("width-1024")
     draw(left, width, found, COLOURS[optimizer], optimizer)
-    law = {"adamw": 0.5 / width, "muon": 0.64 / width ** 0.5}[optimizer]
-    name = {"adamw": "0.5 / width", "muon": "0.64 / sqrt(width)"}[optimizer]
     left.plot(width, law, ":", color=COLOURS[optimizer], label=name)
 params = 2 * 2048 * width + 16 * width ** 2 + 12 * width * np.round(width * 8 / 3)
 left.plot(width, 0.065 * np.sqrt(params / 79e6), "--", color="#999999", label="0.065 sqrt(parameters / 79 M)")

@@ -169,7 +169,7 @@ def make_insights(runs, use=None, edge=None):
     """What sweep.analyse finds, with the keys that the pictures need; use: of the first setting."""
     settings = {}
     for run in runs:
-        setting = settings.setdefault(run["setting"], dict(label=run["setting"], edge=edge, rates=[]))
+        setting = settings.setdefault(run["setting"], dict(label=run["setting"], edge=edge or {}, rates=[]))
         if run["loss"] is None:
             continue
         loss = run["loss"] if run["status"] != "diverged" else None
@@ -248,7 +248,7 @@ def test_pictures_of_a_sweep_from_whatever_has_arrived(tmp_path, found, settings
     if "converged" in found:
         use = dict(lr=1e-3, low=None, high=None if len(found) == 1 else 9e-3)
     if "unstable" in found:
-        edge = dict(unstable=dict(lr=2.7e-2, seeds=1, of=2), diverged=None)
+        edge = dict(unstable=dict(lr=2.7e-2, seeds=1, of=2))
     paths = plot.draw_sweep(tmp_path, runs, make_insights(runs, use, edge))
     assert {path.name for path in paths} == PICTURES and all(path.exists() for path in paths)
     assert not list(tmp_path.glob("*.tmp"))

@@ -452,10 +452,12 @@ def test_a_run_that_fails_again_is_said_to_have_failed_and_a_damaged_loss_is_lef
 
 
 def test_ctrl_c_when_nobody_reads_the_lines_any_more(tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "sweep.py")], cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=environment(FAKE_DELAY="0.2"), text=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / "sweep.py"), "--jobs", "1"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(FAKE_DELAY="0.2"))
     process.stdout.readline()
     process.stdout.close()
+    while not list(tmp_path.glob("runs/tiny/*/metrics.csv")):   # not while a run is being started
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 1 and process.stderr.read() == ""
 
