@@ -366,6 +366,8 @@ def execute(plan, keys):
                     key = keys.pop(0)
                     running[slot] = key, start(plan, key, slot)
             time.sleep(0.05)
+            if plan.stopped:
+                sys.exit(plan.stopped)
     finally:    # interrupted, or a full disk: Ctrl-C, on which each saves a checkpoint and ends
         processes = [process for _, process in running.values()]
         try:
@@ -648,6 +650,7 @@ def make_plan(argv):
     if not 0 <= plan.margin < inf:
         die(f"--margin {plan.margin}: a number of nats, from 0")
     plan.dir = Path("runs") / plan.name
+    plan.stopped = None     # the exit status, once a signal has come
     plan.settings = parse_vary(plan.vary)
     plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
     plan.gpus = visible_gpus(plan.device)
@@ -665,8 +668,11 @@ def main(argv):
         if plan.report:
             print(report(plan.report, plan.margin))
             return 0
+        def on_signal(number, frame):
+            plan.stopped = 128 + number     # kept, as Python ignores an exit in the moment of a fork
+            sys.exit(plan.stopped)
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+            signal.signal(number, on_signal)
         try:
             return run_sweep(plan)
         except SystemExit as end:
