@@ -17,25 +17,31 @@ picks top_k for each token (Shazeer et al. 2017), with the balance loss of Fedus
     python model.py    # each preset's parameters, those that a token uses, and which optimizer owns them
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# Sizes --------------------------------------------------------------------------------------------
+
+def flag(default, text):
+    """A field of ModelConfig, with the help of its flag. A plain `init_std: float = 0.02` is a flag, too."""
+    return field(default=default, metadata={"help": text})
+
 @dataclass
 class ModelConfig:
-    vocab_size: int = 2048
-    context_length: int = 128
-    n_layers: int = 4
-    n_heads: int = 4
-    d_model: int = 128
-    d_ff: int = 344             # about 8/3 d_model: three matrices cost what 4 d_model does with two
-    n_experts: int = 0          # 0: one dense SwiGLU
-    top_k: int = 2
-    tied: bool = False          # the head re-uses the embedding
-    dropout: float = 0.0
-    rope_base: float = 10_000.0
+    vocab_size: int = flag(2048, "entries of the vocabulary, or as many as the text supports")
+    context_length: int = flag(128, "tokens that the model sees at once")
+    n_layers: int = flag(4, "blocks of attention and feed-forward")
+    n_heads: int = flag(4, "of attention; each has d_model / n_heads dimensions")
+    d_model: int = flag(128, "width of the residual stream")
+    d_ff: int = flag(344, "width of the feed-forward; about 8/3 d_model with its three matrices")
+    n_experts: int = flag(0, "feed-forward networks of which a token uses top_k; 0: one SwiGLU")
+    top_k: int = flag(2, "experts that a token uses")
+    tied: bool = flag(False, "the head is the embedding")
+    dropout: float = flag(0.0, "share of activations that are set to zero")
+    rope_base: float = flag(10_000.0, "of the rotary positions' frequencies")
 
     def __post_init__(self):
         if self.d_model % (2 * self.n_heads):       # 2: rotary positions turn pairs
@@ -44,13 +50,18 @@ class ModelConfig:
         if self.n_experts and not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k {self.top_k} must be from 1 to {self.n_experts} experts; change --top-k")
 
-DENSE = ModelConfig(vocab_size=10_000, context_length=256, n_heads=16, d_model=512, d_ff=1344)
+# A preset changes the defaults of the fields above and of train.py's flags. Its lr is the best that was found
+# for its own optimizer and d_model (results/README.md).
+DENSE = dict(vocab_size=10_000, context_length=256, n_layers=4, n_heads=16, d_model=512, d_ff=1344,
+             data="tinystories", batch_size=128, max_steps=10_000, eval_tokens=131_072, lr=3e-3)
 PRESETS = {
-    "tiny": ModelConfig(),
+    "tiny": dict(vocab_size=2048, context_length=128, n_layers=4, n_heads=4, d_model=128, d_ff=344,
+                 data="stdlib", batch_size=32, max_steps=200, warmup_ratio=0.3, eval_tokens=32_768),
     "dense": DENSE,
-    "dense-low": DENSE,         # the same model on an eighth of the tokens
-    "moe": ModelConfig(vocab_size=49_152, context_length=512, n_layers=6, n_heads=8, d_model=384, d_ff=1536,
-                       n_experts=8, tied=True),
+    "dense-low": DENSE | dict(batch_size=32, max_steps=5_000, lr=1.3e-3),       # an eighth of the tokens
+    "moe": dict(vocab_size=49_152, context_length=512, n_layers=6, n_heads=8, d_model=384, d_ff=1536,
+                n_experts=8, top_k=2, tied=True, data="cosmopedia", optimizer="muon", lr=0.065, batch_size=16,
+                max_steps=100, warmup_ratio=0.02, min_lr_ratio=0.2, eval_tokens=32_768),
 }
 
 # Pure functions -----------------------------------------------------------------------------------
@@ -75,22 +86,6 @@ def rope(x, angles):
     cos, sin = angles[:, :T, None].to(x.dtype)                              # (T, 1, d_head)
     return x * cos + x.roll(d_head // 2, dims=-1) * sin
 
-def attend(q, k, v, dropout=0.0):
-    """softmax(q k' / sqrt(d_head)) v over positions up to one's own; q, k, v (B, n_heads, T, d_head)."""
-    if not q.is_cpu:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    # On a CPU plain products take half the time of the fused kernel (in bfloat16; tests/bench.py parts) if a
-    # block of queries meets only the keys up to its end.
-    q = q * q.size(-1) ** -0.5
-    out, end = [], 0
-    for block in q.split(128, dim=-2):
-        start, end = end, end + block.size(-2)
-        future = torch.full((end - start, end), -math.inf, dtype=q.dtype).triu(start + 1)
-        scores = block @ k[..., :end, :].mT + future                        # (B, n_heads, end - start, end)
-        probs = F.dropout(scores.softmax(-1), dropout)
-        out.append(probs @ v[..., :end, :])
-    return torch.cat(out, dim=-2)
-
 def grouped_linear(x, weight, counts):
     """x (rows, d_in): the first counts[0] rows times weight[0] (d_out, d_in), the next times weight[1] ..."""
     if x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
@@ -98,42 +93,6 @@ def grouped_linear(x, weight, counts):
         return F.grouped_mm(x, weight.mT.to(x.dtype), offs=ends)            # one kernel: nothing waits
     slices = zip(x.split(counts.tolist()), weight.to(x.dtype))              # elsewhere as fast
     return torch.cat([F.linear(rows, matrix) for rows, matrix in slices])
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of softmax(h @ weight.T), no logits kept; h (N, d), weight (V, d), targets (N,).
-
-    Logits are by far the largest tensor of a small model (dense: 32,768 tokens x 10,000 words), but their
-    gradient, softmax - onehot, is known as soon as they are. So a slice of tokens goes through both passes at
-    once, and its logits are forgotten before the next slice.
-    """
-    @staticmethod
-    def forward(ctx, h, weight, targets):
-        w = weight.to(h.dtype)
-        loss = 0.0
-        grad_h = []
-        grad_w = torch.zeros_like(weight)
-        # A slice should stay in a CPU's cache (on a GPU: in 2 GB), but each reads and writes all of grad_w.
-        slice_size = max(2**28 if h.is_cuda else 2**22, w.numel())
-        n_slices = math.ceil(len(h) * len(w) / slice_size)
-        for rows, t in zip(h.chunk(n_slices), targets[:, None].chunk(n_slices)):
-            logits = rows @ w.T                                             # (n, V)
-            top = logits.amax(-1, keepdim=True).to(weight.dtype)            # (n, 1)
-            e = (logits - top).exp_()
-            total = e.sum(-1, keepdim=True)                                 # softmax is e / total
-            nll = total.log() + top - logits.gather(1, t)                   # (n, 1)
-            loss = loss + nll.sum()
-            of_target = total * torch.expm1(-nll)                           # total x (p - 1), exact near 0
-            grad = e.to(h.dtype).scatter_(1, t, of_target.to(h.dtype))      # total x (softmax - onehot)
-            grad_h.append((grad @ w / total).to(h.dtype))
-            grad_w += grad.T @ (rows / total).to(h.dtype)
-        ctx.save_for_backward(torch.cat(grad_h), grad_w)                    # of the sum over tokens
-        return loss / len(h)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_h, grad_w = ctx.saved_tensors
-        scale = grad / len(grad_h)      # float32: in bfloat16 it would put every gradient off by up to 0.4%
-        return (grad_h * scale).to(grad_h.dtype), grad_w * scale, None
 
 # The layers ---------------------------------------------------------------------------------------
 
@@ -151,7 +110,8 @@ class Attention(nn.Module):
         q = rope(q, angles).transpose(1, 2)                                 # (B, n_heads, T, d_head)
         k = rope(k, angles).transpose(1, 2)
         v = v.transpose(1, 2)
-        y = attend(q, k, v, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         y = y.transpose(1, 2).flatten(2)                                    # (B, T, d_model)
         return linear(y, self.out)
 
@@ -163,7 +123,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):
         gate, up = linear(x, self.gate_up).chunk(2, dim=-1)                 # (B, T, d_ff)
-        return linear(F.silu(gate) * up, self.down), None                   # no router
+        return linear(F.silu(gate) * up, self.down), {}                     # no router
 
 class MoE(nn.Module):
     def __init__(self, config):
@@ -174,7 +134,7 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(config.n_experts, config.d_model, config.d_ff))
 
     def forward(self, x):
-        """x (B, T, d) -> its shape again, and the record (2 + n_experts,): balance loss, entropy, shares."""
+        """x (B, T, d) -> its shape again, and what the router did."""
         n_experts = len(self.router)
         k = self.top_k
         tokens = x.flatten(0, 1)                                            # (N, d)
@@ -199,10 +159,10 @@ class MoE(nn.Module):
         y = torch.zeros_like(tokens).scatter_add(0, token, out)             # (N, d)
 
         # Record: balance is 1 when every expert gets as much, and n_experts / k when one takes all.
-        shares = counts / len(order)
-        balance = n_experts * (shares * probs.mean(0)).sum()
+        share = counts / len(order)                                         # (n_experts,)
+        balance = n_experts * (share * probs.mean(0)).sum()
         entropy = -(probs * probs.clamp_min(1e-9).log()).sum(-1).mean()
-        return y.view_as(x), torch.cat((balance[None], entropy[None], shares))
+        return y.view_as(x), {"balance_loss": balance, "router_entropy": entropy, "share": share}
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -240,65 +200,50 @@ class Transformer(nn.Module):
             if p.ndim >= 2:
                 nn.init.normal_(p, std=std)
 
-    def hidden(self, idx):
-        """idx (B, T) -> the last layer, normalized (B, T, d_model), and records (n_layers, 2 + n_experts)."""
+    def forward(self, idx, targets=None):
+        """idx, targets (B, T) -> logits (B, T, vocab_size), mean cross-entropy in nats a token (or None), and
+        by name what the routers did, stacked over the layers ({} for a dense model)."""
         x = F.embedding(idx, self.embed).to(self.dtype)                     # (B, T, d_model)
         routers = []
         for block in self.blocks:
             x, router = block(x, self.angles)
             routers.append(router)
-        return rmsnorm(x, self.norm), torch.stack(routers) if self.config.n_experts else None
-
-    def forward(self, idx, targets=None):
-        """idx, targets (B, T) -> logits (B, T, vocab_size), mean cross-entropy in nats a token (or None)."""
-        h, _ = self.hidden(idx)
-        logits = linear(h, self.head)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).to(self.head.dtype), targets.flatten())
-
-    def losses(self, idx, targets):
-        """What training needs: forward()'s cross-entropy, without its logits, and the records of hidden()."""
-        h, router = self.hidden(idx)
-        return HeadLoss.apply(h.flatten(0, 1), self.head, targets.flatten()), router
+        logits = linear(rmsnorm(x, self.norm), self.head)                   # (B, T, vocab_size)
+        loss = None
+        if targets is not None:
+            exact = logits.flatten(0, 1).to(self.head.dtype)                # (B T, vocab_size), float32
+            loss = F.cross_entropy(exact, targets.flatten())
+        return logits, loss, {name: torch.stack([r[name] for r in routers]) for name in routers[0]}
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx (B, T) -> (B, T + max_new_tokens), each new token one of the likeliest top_k (None: of all)."""
-        context_length = self.config.context_length
         for _ in range(max_new_tokens):
-            window = idx[:, -context_length:]
-            T = window.size(1)
-            # Filled up to a multiple of 64, which no earlier position sees: a GPU plans attention a length.
-            padded = F.pad(window, (0, -T % 64))[:, :context_length]
-            logits, _ = self(padded)
-            logits = logits[:, T - 1].float()                               # (B, vocab_size)
+            logits, _, _ = self(idx[:, -self.config.context_length:])
+            logits = logits[:, -1].float().cpu()                # (B, vocab_size); MPS draws wrongly
             if top_k:
                 lowest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits[logits < lowest] = -math.inf
             token = torch.multinomial((logits / temperature).softmax(-1), 1)
-            idx = torch.cat((idx, token), dim=1)
+            idx = torch.cat((idx, token.to(idx.device)), dim=1)
         return idx
 
 # Counting -----------------------------------------------------------------------------------------
 
-def count_parameters(config):
+def count_parameters(model):
     """total, used per token (top_k of n_experts experts), what Muon and AdamW get with --optimizer muon."""
-    d = config.d_model
-    n_experts = config.n_experts
-    attention = 4 * d * d                                   # q, k, v and out
-    feed_forward = 3 * d * config.d_ff                      # gate, up and down
+    total = sum(p.numel() for p in model.parameters())
+    muon = sum(p.numel() for p in model.blocks.parameters() if p.ndim >= 2)
     idle = 0
-    if n_experts:
-        expert = 2 * d * config.d_ff                        # up and down
-        feed_forward = n_experts * (expert + d)             # d: its row of the router
-        idle = config.n_layers * (n_experts - config.top_k) * expert
-    muon = config.n_layers * (attention + feed_forward)
-    adamw = (2 * config.n_layers + 1) * d                   # norms
-    adamw += config.vocab_size * d * (2 - config.tied)      # embedding and head
-    return {"total": muon + adamw, "used per token": muon + adamw - idle, "Muon": muon, "AdamW": adamw}
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            for experts in (layer.up, layer.down):      # (n_experts, rows, cols)
+                idle += (len(experts) - layer.top_k) * experts[0].numel()
+    return {"total": total, "used per token": total - idle, "Muon": muon, "AdamW": total - muon}
 
 if __name__ == "__main__":
-    for name, config in PRESETS.items():
-        counts = count_parameters(config)
-        print(f"{name:<10}", *[f"{n:>12,} {kind}" for kind, n in counts.items()])
+    for name, preset in PRESETS.items():
+        sizes = {f.name: preset.get(f.name, f.default) for f in fields(ModelConfig)}
+        with torch.device("meta"):                      # shapes without numbers
+            model = Transformer(ModelConfig(**sizes))
+        print(f"{name:<10}", *[f"{n:>12,} {kind}" for kind, n in count_parameters(model).items()])

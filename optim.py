@@ -19,19 +19,15 @@ import math
 from functools import partial
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+from torch.nn import attention
 
 # The mathematics: one step on lists of tensors, in place ------------------------------------------
-
-def bias_correction(beta, step):
-    """1 - beta^step, without float32's cancellation."""
-    return -torch.expm1(step * math.log(max(beta, 1e-30)))
 
 def adamw_update(params, grads, ms, vs, step, lr, betas, eps, weight_decay):
     step += 1
     beta1, beta2 = betas
-    correction1, correction2 = (bias_correction(beta, step) for beta in betas)
+    correction1 = 1 - beta1 ** step
+    correction2 = 1 - beta2 ** step
     for p, g, m, v in zip(params, grads, ms, vs):
         m.lerp_(g, 1 - beta1)
         v.lerp_(g * g, 1 - beta2)
@@ -51,132 +47,59 @@ def newton_schulz(G, steps=5):
     value. These coefficients (Jordan et al.) rise fastest at 0, at the price of not settling: five steps
     bring [0.01, 1] into about [0.7, 1.2], which trains as well as exactly 1. A zero matrix stays zero.
     """
+    if G.size(-2) > G.size(-1):
+        return newton_schulz(G.mT, steps).mT        # X X' is then the smaller square
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = G.size(-2) > G.size(-1)
-    I = torch.eye(min(G.shape[-2:]), dtype=G.dtype, device=G.device)
-    norm = torch.linalg.matrix_norm(G, keepdim=True, dtype=torch.promote_types(G.dtype, torch.float32))
-    X = G / (norm + 1e-7).to(G.dtype)
+    I = torch.eye(G.size(-2), dtype=G.dtype, device=G.device)
+    X = G / (torch.linalg.matrix_norm(G, keepdim=True) + 1e-7)
     for _ in range(steps):
-        A = X.mT @ X if tall else X @ X.mT      # X (X'X) is (X X') X: take the smaller square
-        P = a * I + b * A + c * (A @ A)         # with a inside, the large X is touched by products alone
-        X = X @ P if tall else P @ X
+        A = X @ X.mT
+        X = (a * I + b * A + c * (A @ A)) @ X       # with a inside, the large X is touched by products alone
     return X
-
-def shared_newton_schulz(stack):
-    """newton_schulz of a stack (n, rows, cols), each process of a torchrun doing a share of the matrices."""
-    if not dist.is_initialized():
-        return newton_schulz(stack)
-    world = dist.get_world_size()
-    filled = F.pad(stack, (0, 0, 0, 0, 0, -len(stack) % world))     # with zeros, to equal shares
-    mine = newton_schulz(filled.chunk(world)[dist.get_rank()])
-    out = torch.empty_like(filled)
-    dist.all_gather_into_tensor(out, mine)
-    return out[:len(stack)]
 
 def muon_update(params, grads, momenta, lr, momentum, weight_decay, dtype):
     """Nesterov momentum, and Newton-Schulz in dtype of every matrix in parameters (..., rows, cols)."""
     by_shape = {}
     for p, g, m in zip(params, grads, momenta):
         m.lerp_(g, 1 - momentum)
-        ahead = g.lerp(m, momentum).to(dtype)
-        shape = (-1, *p.shape[-2:])
-        by_shape.setdefault(shape, []).append((p.view(shape), ahead.reshape(shape)))
+        ahead = g.lerp(m, momentum)
+        shape = (-1, *p.shape[-2:])                                     # (n, rows, cols)
+        by_shape.setdefault(shape, []).append((p.view(shape), ahead.view(shape)))
     for (_, rows, cols), group in by_shape.items():
         # One stack and one call: on a GPU 30 times faster than one matrix at a time.
         weights, aheads = zip(*group)
-        stack = shared_newton_schulz(torch.cat(aheads))                 # (n, rows, cols)
+        stack = newton_schulz(torch.cat(aheads).to(dtype))              # (n, rows, cols)
         # Entries are about 1/sqrt(max(rows, cols)): a tall matrix gets back the factor that makes its outputs
         # change as much as a square one's (Jordan et al.).
         stretch = max(1, rows / cols) ** 0.5
         sizes = [len(W) for W in weights]
         for W, update in zip(weights, stack.split(sizes)):
-            W.mul_(1 - lr * weight_decay).sub_(update.to(W.dtype) * (lr * stretch))
+            W.mul_(1 - lr * weight_decay).sub_(lr * stretch * update.to(W.dtype))
 
 def scaled_update(update, params, grads, scale, lr, **others):
     """update with gradients times scale, for clipping; at 0 no weight moves, whatever the gradients."""
     grads = [torch.where(scale > 0, g * scale, 0.0) for g in grads]
     update(params, grads, lr=lr * (scale > 0), **others)
 
-# The edge of stability ----------------------------------------------------------------------------
-#
-# Along an eigenvector of the loss's Hessian with eigenvalue h, gradient descent
-# multiplies the distance from the bottom by 1 - lr h a step: above h = 2 / lr it swings ever wider
-
-def top_eigenvalue(product, start, tolerance=0.003, max_products=40):
-    """Largest eigenvalue of a symmetric matrix H known by product(v) = H v, by Lanczos iteration.
-
-    start (n,), of any norm -> eigenvalue h, unit eigenvector v (n,), |H v - h v| / |h|; or nan, zeros, nan
-    where H v is not finite. k products span a space in which H is k x k; its top eigenpair is the estimate.
-    The error of h is about the tolerance squared over the relative gap to the next one.
-    """
-    basis = start.new_empty(max_products, len(start))
-    small = torch.zeros(max_products, max_products, dtype=torch.float64)    # on the CPU; lower triangle
-    q = start / start.norm()
-    for k in range(max_products):
-        basis[k] = q
-        known = basis[:k + 1]
-        Hq = product(q)
-        overlap = known @ Hq
-        small[k, :k + 1] = overlap
-        rest = Hq - overlap @ known
-        rest -= (known @ rest) @ known          # again: rounding leaves some of what was taken out
-        size = rest.norm().item()
-        if not math.isfinite(size):
-            return math.nan, torch.zeros_like(start), math.nan
-        values, vectors = torch.linalg.eigh(small[:k + 1, :k + 1])
-        h = values[-1].item()
-        reached = size * abs(vectors[k, -1].item()) / max(abs(h), 1e-30)
-        if reached <= tolerance:
-            break
-        q = rest / size
-    v = vectors[:, -1].to(known) @ known
-    return h, v / v.norm(), reached
-
-def adamw_preconditioner(grads, vs, step, betas, eps):
-    """P of the next update w - lr P^-1 m; the top eigenvalue of P^-1/2 H P^-1/2 is AdamW's sharpness."""
-    correction1, correction2 = (bias_correction(beta, step + 1) for beta in betas)
-    P = []
-    for g, v in zip(grads, vs):
-        v = v.lerp(g * g, 1 - betas[1])
-        P.append(correction1 * ((v / correction2).sqrt() + eps))
-    return P
-
-def stability_threshold(name, lr, momentum, beta1):
-    """The sharpness above which a quadratic diverges (Cohen et al. 2021, 2022); None: there is none known.
-
-    Decay hardly changes it; clipping by a factor s raises sgd's to 1 / s of it, and leaves adamw's.
-    """
-    if name == "sgd" and lr > 0:
-        return 2 * (1 + momentum) / lr
-    if name == "adamw" and lr > 0:
-        return 2 * (1 + beta1) / ((1 - beta1) * lr)
-    return None
-
 # What is kept from step to step, and who gets what ------------------------------------------------
 
 class Optimizer:
-    """The tensors that `update` changes: params, and the state that begins at zero, named in `kept`."""
+    """The tensors that `update` changes: params and, named in `kept`, its state, which starts at zero."""
     def __init__(self, update, kept, params, lr, **settings):
-        self.params = list(params)
         self.update = update
+        self.params = params
         self.settings = settings
         self.peak_lr = lr
-        self.lr = torch.tensor(lr, device=self.params[0].device)
-        # By the names of update's arguments: a tensor for each parameter; adamw's step is one number.
-        self.state = {name: [torch.zeros_like(p) for p in self.params] for name in kept}
-        if update is adamw_update:
-            self.state["step"] = torch.zeros_like(self.lr)
+        self.lr = torch.tensor(lr, device=params[0].device)
         self.call = scaled_update
-        betas = settings.get("betas", ())
-        if not lr > 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"lr {lr} must be above 0, betas {betas} in [0, 1)")
-        n_dims = min(p.ndim for p in self.params)
-        if update is muon_update and (n_dims < 2 or settings["dtype"] == torch.float16):
-            raise ValueError("Muon is for matrices, in float32 or bfloat16: float16 overflows")
+        self.state = {}
+        for name in kept:
+            self.state[name] = [torch.zeros_like(p) for p in params]
+        if "step" in kept:
+            self.state["step"] = torch.zeros_like(self.lr)      # one number for all
 
     def set_lr(self, factor):
-        """The rate becomes factor (from schedule.py) x its peak."""
-        self.lr.fill_(self.peak_lr * factor)
+        self.lr.fill_(self.peak_lr * factor)        # factor: from schedule.py
 
     @torch.no_grad()
     def step(self, scale=1.0):
@@ -198,37 +121,119 @@ class Optimizer:
     def compile(self, **settings):
         self.call = torch.compile(scaled_update, dynamic=False, **settings)
 
-AdamW = partial(Optimizer, adamw_update, ("ms", "vs"), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+AdamW = partial(Optimizer, adamw_update, ("ms", "vs", "step"), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 Muon = partial(Optimizer, muon_update, ("momenta",), momentum=0.95, weight_decay=0.0, dtype=torch.float32)
 SGD = partial(Optimizer, sgd_update, ("velocities",), momentum=0.0, weight_decay=0.0)
+OPTIMIZERS = {"adamw": AdamW, "muon": Muon, "sgd": SGD}     # the choices of --optimizer
 
 def build_optimizer(model, name, lr, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95, adamw_lr_ratio=0.1):
-    """The optimizers of a Transformer, a list; each parameter belongs to one of them.
+    """The optimizers of a Transformer, a list; each parameter goes to one of them.
 
-    "adamw" and "sgd": all at lr. "muon": Muon for the matrices between hidden states (the router's too) at
-    lr, AdamW for the rest at adamw_lr_ratio x lr. Norm gains and embeddings (tied heads too) do not decay: a
-    rare word's row would shrink in all the steps that do not contain it.
+    "muon": Muon for the matrices inside the blocks, AdamW for the rest at adamw_lr_ratio x lr. Only these
+    matrices and the head decay: an embedding would shrink in all the steps that do not contain its word.
     """
-    hidden, head, undecayed = [], [], []
+    groups = {}
     for key, p in model.named_parameters():
-        if p.ndim < 2 or key == "embed":
-            undecayed.append(p)
-        elif key == "head":
-            head.append(p)
-        else:
-            hidden.append(p)
+        make = OPTIMIZERS[name]
+        peak_lr = lr
+        decay = 0.0
+        inside = key.startswith("blocks.") and p.ndim >= 2
+        if inside or key == "head":
+            decay = weight_decay
+        if make is Muon and not inside:
+            make = AdamW
+            peak_lr = lr * adamw_lr_ratio
+        groups.setdefault((make, peak_lr, decay), []).append(p)
     optimizers = []
-    if name == "muon":
-        optimizers = [Muon(hidden, lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=model.dtype)]
-        hidden = []
-        lr = lr * adamw_lr_ratio        # AdamW's, for the rest
-    make = partial(AdamW, lr=lr, betas=betas)
-    if name == "sgd":
-        make = partial(SGD, lr=lr, momentum=momentum)
-    for params, decay in ((hidden + head, weight_decay), (undecayed, 0.0)):
-        if params:
-            optimizers.append(make(params, weight_decay=decay))
+    for (make, peak_lr, decay), params in groups.items():
+        settings = dict(betas=betas, momentum=momentum, weight_decay=decay, dtype=model.dtype)
+        known = {key: settings[key] for key in settings if key in make.keywords}
+        optimizers.append(make(params, lr=peak_lr, **known))
     return optimizers
+
+# The edge of stability: along an eigenvector of the loss's Hessian with eigenvalue h, gradient descent
+# multiplies the distance from the bottom by 1 - lr h a step; above h = 2 / lr it swings ever wider.
+
+def stability_threshold(name, lr, momentum, beta1):
+    """The sharpness above which a quadratic diverges (Cohen et al. 2021, 2022); None: there is none known.
+    Decay hardly changes it; clipping by a factor s raises sgd's to 1 / s of it, and leaves adamw's."""
+    if name == "sgd" and lr > 0:
+        return 2 * (1 + momentum) / lr
+    if name == "adamw" and lr > 0:
+        return 2 * (1 + beta1) / ((1 - beta1) * lr)
+    return None
+
+def adamw_preconditioner(g, v, step, betas, eps, **_):
+    """P of AdamW's next update w - lr P^-1 m, with gradient g; v is the averaged square before it."""
+    beta1, beta2 = betas
+    v = v.lerp(g * g, 1 - beta2)
+    root = (v / (1 - beta2 ** (step + 1))).sqrt()
+    return (1 - beta1 ** (step + 1)) * (root + eps)
+
+def top_eigenvalue(product, start, tolerance=0.003, max_products=40):
+    """Largest eigenvalue of a symmetric matrix H known by product(v) = H v, by Lanczos iteration.
+
+    start (n,) -> eigenvalue h, unit eigenvector v (n,), |H v - h v| / |h|; nan, zeros, nan where H v is not
+    finite. k products span a space in which H is k x k, and its top eigenpair is the estimate. The error of h
+    is about the tolerance squared over the relative gap to the next eigenvalue.
+    """
+    basis = start.new_empty(max_products, len(start))
+    small = torch.zeros(max_products, max_products, dtype=torch.float64)    # on the CPU: MPS has no float64
+    rest = start
+    for k in range(max_products):
+        basis[k] = rest / rest.norm()
+        known = basis[:k + 1]                   # (k + 1, n), orthonormal
+        Hq = product(basis[k])
+        overlap = known @ Hq
+        rest = Hq - overlap @ known
+        rest -= (known @ rest) @ known          # again: rounding leaves some of what was taken out
+        size = rest.norm().item()
+        if not math.isfinite(size):
+            return math.nan, torch.zeros_like(start), math.nan
+        small[k, :k + 1] = overlap.cpu()        # the lower triangle
+        values, vectors = torch.linalg.eigh(small[:k + 1, :k + 1])
+        h = values[-1].item()
+        reached = size * abs(vectors[k, -1].item()) / max(abs(h), 1e-30)
+        if reached <= tolerance:
+            break
+    v = vectors[:, -1].to(start.dtype).to(start.device) @ known
+    return h, v / v.norm(), reached
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+def measure_sharpness(model, optimizers, x, y, *, name, lr, momentum, beta1, grad_clip, vectors):
+    """Top eigenvalue of the Hessian H of the cross-entropy of x, y (B, T), in float32; with AdamW also of
+    P^-1/2 H P^-1/2 -> cells of metrics.csv. Changes only vectors {column: where the next one starts}."""
+    params = [p for optimizer in optimizers for p in optimizer.params]
+    dtype, precision = model.dtype, torch.get_float32_matmul_precision()
+    model.dtype = torch.float32
+    torch.set_float32_matmul_precision("highest")       # no TF32
+    model.eval()                                        # no dropout
+    with attention.sdpa_kernel(attention.SDPBackend.MATH):      # the others have no second derivatives
+        _, loss, _ = model(x, y)
+        slope = flat(torch.autograd.grad(loss, params, create_graph=True))
+    gradient = slope.detach()                           # (n_params,)
+
+    scales = {"sharpness": torch.ones_like(gradient)}
+    if name == "adamw":
+        clip = ((grad_clip or math.inf) / gradient.norm()).clamp(max=1)
+        vs = [v for optimizer in optimizers for v in optimizer.state["vs"]]
+        first = optimizers[0]
+        P = adamw_preconditioner(clip * gradient, flat(vs), first.state["step"], **first.settings)
+        scales["preconditioned_sharpness"] = P ** -0.5
+    cells = {"stability_threshold": stability_threshold(name, lr, momentum, beta1)}
+    for column, scale in scales.items():
+        def product(v):
+            return scale * flat(torch.autograd.grad(slope, params, scale * v, retain_graph=True))
+        # The gradient is mixed in to see a direction that has overtaken the last eigenvector.
+        start = scale * gradient
+        start = start / start.norm() + vectors.get(column, 0)
+        cells[column], vectors[column], cells["sharpness_tolerance"] = top_eigenvalue(product, start)
+    model.train()
+    model.dtype = dtype
+    torch.set_float32_matmul_precision(precision)
+    return cells
 
 if __name__ == "__main__":
     torch.manual_seed(0)
