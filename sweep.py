@@ -1,27 +1,25 @@
 """Sweep the learning rate: one process a run; decide what to try next; say what the runs show, and what not.
 
     python sweep.py                             the tiny preset: bracket the best rate, find the edge, report
-    python sweep.py --preset moe --seeds 3      flags unknown here (--max-steps 400) go on to train.py
+    python sweep.py --preset moe --seeds 2      flags unknown here (--max-steps 400) go on to train.py
     python sweep.py --vary optimizer=adamw,muon any train.py flag, each value at its own best rate
     python sweep.py --dry-run                   the next round's commands, one a line: Slurm, xargs, Ray
 
-The search is a function from the results to the next runs: an interrupted sweep replays it and goes on. Loss
-against log rate is assumed to fall to one valley and rise again. A seed gives every rate the same initial
-weights and batches, so that differences between rates are paired: its luck drops out (tests/simulate.py).
+Loss against log rate is assumed to fall to one valley and rise again. A seed gives every rate the same initial
+weights and batches, so that differences between rates are paired: the seed's luck drops out.
 
-    noise     residuals of loss[rate, seed] - mean of the rate - mean of the seed (Fisher 1935), near the best
-    shown     a rate is worse where its mean paired difference to the best exceeds t(df) s / sqrt(seeds): s is
-              sqrt(2) noise, or the deviation of the differences if larger; t stands at 1 - 0.025 / k for k
-              rates compared (Bonferroni). One that diverged with two seeds, all of them, is worse too
-    interval  the optimum lies between the nearest rates shown to be worse, below and above all that are not
-              and all local valleys that may be deeper. One seed knows no noise: 0.1 nats stand in
-    settings  are compared at their best rates. What a finer grid could still gain widens the interval of the
-              difference: the lowest that a convex valley through the tried rates could be between them
+    noise     residuals of loss[rate, seed] - mean of the rate - mean of the seed (Fisher 1935)
+    worse     a rate is shown to be worse where its mean paired difference to the best is over t(df) s /
+              sqrt(seeds): s is sqrt(2) noise, or the deviation of the differences if larger; t stands at
+              1 - 0.025 / k for k rates compared (Bonferroni). It takes two seeds, or two that diverged
+    interval  the optimum lies between the nearest rates below and above the best that are shown to be worse
+    settings  are compared at their best rates, in the same way
+
+python tests/simulate.py shows how often that is right, on sweeps whose optimum is known.
 """
 import argparse
 import csv
 import ctypes
-import hashlib
 import io
 import itertools
 import json
@@ -31,52 +29,53 @@ import shlex
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from functools import cache
-from math import comb, inf, isfinite, log, nan, pi, sqrt, tan
+from math import ceil, comb, inf, isfinite, log, nan, pi, sqrt, tan
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import plot
-from data import DataError, cores, lock, write_aside
+from data import DataError, cores, lock, say, write_aside
 
 TRAIN = Path(os.environ.get("NANOLR_TRAIN") or Path(__file__).with_name("train.py")).resolve()
-GRIDS = {   # where the search starts
-    "tiny": [1e-3, 3e-3, 1e-2, 3e-2, 0.3],
-    "dense": [1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3, 1e-2],
-    "dense-low": [1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3, 1e-2],
-    "moe": [0.01, 0.02, 0.035, 0.05, 0.065, 0.085, 0.1, 0.15, 0.3],
+GRIDS = {   # where the search starts; x3: times the learning rate that train.py has for the preset
+    "tiny": "1e-3 3e-3 1e-2 3e-2 1.0",
+    "dense": "1e-4 3e-4 6e-4 1e-3 3e-3 6e-3 1e-2",
+    "dense-low": "1e-4 3e-4 6e-4 1e-3 3e-3 6e-3 1e-2",
+    "moe": "0.01 0.02 0.035 0.05 0.065 0.085 0.1 0.15 0.3",
 }
+OTHER_GRID = "x0.1 x0.3 x1 x3 x10"      # of presets that are not listed
+PER_GPU = {"tiny": 4, "dense": 1, "dense-low": 8, "moe": 2}     # runs at once, measured on an H100
 # A textbook run: one fixed batch, a constant rate, nothing that hides the edge of stability.
 TEXTBOOK = ("--full-batch --batch-size 8 --context-length 64 --max-steps 400 --schedule constant "
             "--warmup-ratio 0 --grad-clip 0 --weight-decay 0 --dtype float32 --sharpness 10 --log-interval 1 "
-            "--eval-interval 400 --eval-tokens 2048 --momentum 0 --optimizer ")
-STUDIES = {     # only these rates (--no-widen): flags of the sweep, which yours override, and of train.py
-    "explore": ("--lrs 0.001 0.01 0.03 0.1 0.3", "--max-steps 50"),
-    "extend": ("--around 0.15 0.3 0.5 0.7 0.8 1 1.2 1.5 2 3 5", "--max-steps 100"),
-    "fine": ("--lrs 0.06 0.07 0.08 0.09 0.1 0.11 0.12 0.13 0.14", "--max-steps 75"),
+            "--eval-interval 400 --eval-tokens 2048 --momentum 0 --seeds 1 ")
+STUDIES = {     # only these rates (--no-widen), and more flags, which yours override
+    "explore": "--lrs 0.001 0.01 0.03 0.1 0.3 --max-steps 50",
+    "extend": "--lrs x0.15 x0.3 x0.5 x0.7 x0.8 x1 x1.2 x1.5 x2 x3 x5 --max-steps 100",
+    "fine": "--lrs 0.06 0.07 0.08 0.09 0.1 0.11 0.12 0.13 0.14 --max-steps 75",
     "wide": ("--lrs 0.001 0.002 0.003 0.004 0.006 0.008 0.01 0.015 0.02 0.03 0.04 0.05 0.065 0.08 "
-             "0.1 0.13 0.16 0.2 0.25 0.3 0.4 0.5 0.6 0.7 0.85 1.0", ""),
-    "schedules": ("--around 1 --seeds 3 "   # conservative, baseline, none, aggressive, long
-                  "--vary warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1", ""),
-    "edge": ("--lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5", TEXTBOOK + "sgd"),
-    "edge-adamw": ("--lrs 1e-4 3e-4 1e-3 3e-3 1e-2 1e-1", TEXTBOOK + "adamw"),
+             "0.1 0.13 0.16 0.2 0.25 0.3 0.4 0.5 0.6 0.7 0.85 1.0"),
+    # conservative, baseline, none, aggressive, long: warm-up and floor
+    "schedules": "--lrs x1 --vary warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1",
+    "edge": TEXTBOOK + "--optimizer sgd --lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5",
+    "edge-adamw": TEXTBOOK + "--optimizer adamw --lrs 1e-4 3e-4 1e-3 3e-3 1e-2 1e-1",
 }
-PER_GPU = {"tiny": 4, "dense": 1, "dense-low": 8, "moe": 2}     # runs at once, measured on an H100
-NEAR = 0.1      # nats, 10% perplexity: stands in for the noise where there is one seed
-WORTH = 0.03    # nats that a finer grid must promise before one setting is searched closer than a factor 2
 
-# Statistics: functions of a table {rate: {seed: loss}}; inf is the loss of a run that diverged ---
+# Statistics: functions of a table {rate: {seed: loss}}; inf is the loss of a run that diverged ----
 
 @cache
 def t_quantile(p, df):
-    """Student's t. With t = sqrt(df) tan(a) its density becomes cos(a)^(df - 1), which a sum integrates."""
-    angle = np.linspace(0, pi / 2, 5_001)
-    density = np.cos(angle) ** (df - 1)
-    cdf = np.cumsum(density) - (density + 1) / 2    # the trapezoid rule, without its factor
-    return sqrt(df) * tan(np.interp(2 * p - 1, cdf / cdf[-1], angle))
+    """The t below which Student's distribution has the share p. Its density, (1 + t^2 / df)^(-(df + 1) / 2),
+    has endless tails; with t = sqrt(df) tan(angle) they end at 90 degrees, and the density of the angle is
+    cos(angle)^(df - 1). Summed over a fine grid of angles, it reaches p of its total at this t."""
+    width = pi / 20_000
+    angles = np.arange(-pi / 2, pi / 2, width) + width / 2      # the middles of the grid's cells
+    shares = np.cumsum(np.cos(angles) ** (df - 1))              # up to the right end of each
+    return sqrt(df) * tan(np.interp(p, shares / shares[-1], angles + width / 2))
 
 def mean(values):
     known = [value for value in values if value is not None]
@@ -90,137 +89,136 @@ def paired(row, other):
     differences = [loss - other.get(seed, inf) for seed, loss in row.items()]
     return [d for d in differences if isfinite(d)]
 
-def rise(row, other):
-    return mean(paired(row, other) or [inf])
-
-def best_rate(table):
-    """The lowest mean of the rates that survived in all their seeds and have the most; None: none did."""
-    means = {lr: (-len(row), mean(row.values())) for lr, row in table.items() if max(row.values()) < inf}
-    return min(means, key=means.get, default=None)
+def lowest(rows):
+    """The key in {key: {seed: loss}} that is lowest, over the seeds it shares with the fullest row: of those that
+    survived in all their seeds, of which one is not enough where others have more. None: none survived."""
+    alive = {key: row for key, row in rows.items() if max(row.values()) < inf}
+    fullest = max(alive.values(), key=len, default={})
+    leading = [key for key in alive if len(alive[key]) > 1 or len(fullest) == 1]
+    return min(leading, key=lambda key: mean(paired(alive[key], fullest) or [inf]), default=None)
 
 def neighbours(table, lr):
     rates = sorted(table)
     i = rates.index(lr)
     return rates[max(0, i - 1):i] + rates[i + 1:i + 2]  # below and above, those that exist
 
-def noise_near(table, best):
-    """Sum of squared two-way residuals (nats^2) and df, of the three best rates or all within NEAR."""
+def noise(table, best):
+    """Sum of squared residuals (nats^2) and degrees of freedom, of all rates that survived in its seeds."""
     rows = [[row.get(seed, inf) for seed in table[best]] for row in table.values()]
-    rows = sorted((row for row in rows if max(row) < inf), key=mean)
-    near = sum(mean(row) < mean(rows[0]) + NEAR for row in rows)
-    x = np.array(rows[:max(3, near)])      # (rates, seeds)
+    x = np.array([row for row in rows if max(row) < inf])      # (rates, seeds)
     residuals = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
     return np.array([np.sum(residuals ** 2), np.prod(np.subtract(x.shape, 1))])
 
-def half_width(differences, noise, k, unknown):
-    """Half the interval of a mean difference, one of k that hold together; unknown: without noise."""
-    squares, df = noise
-    if not df:
-        return unknown
+def half_width(differences, squares, df, k):
+    """Half the interval of a mean of paired differences, one of k that hold together with 95%."""
+    if not df or not differences:
+        return inf
     spread = np.nanmax([sqrt(2 * squares / df), deviation(differences)])
     return float(t_quantile(1 - 0.025 / k, df) * spread / sqrt(len(differences)))
 
-def finer_gains(table, lr):
-    """{neighbour: nats by which the loss between it and this rate could be lower still}: a convex valley lies
-    above the chords before and after the gap, extended. At an end of the grid: inf, the loss can be any."""
-    around = neighbours(table, lr)
-    if len(around) < 2:
-        return dict.fromkeys(around, inf)
-    points = [(log(rate / lr), max(0, rise(row, table[lr]))) for rate, row in sorted(table.items())]
-    points = [point for point in points if point[1] < inf]  # (log rate, nats)
-    gains = {}
-    for near in around:
-        gap = np.linspace(0, log(near / lr), 200)
-        before = [point for point in points if point[0] <= gap.min()]
-        after = [point for point in points if point[0] >= gap.max()]
-        chords = [chord for chord in (before[-2:], after[:2]) if len(chord) == 2]
-        lines = [np.polyval(np.polyfit(*np.transpose(chord), 1), gap) for chord in chords]
-        gains[near] = max(0, -np.max(lines, axis=0, initial=-inf).min())
-    return gains
-
-def compare_rates(table, best):
-    """-> {rate: is it shown to be worse than the best}, where that is known; the rates near which the optimum
-    may lie; the nearest that are worse around these, or 0 and inf."""
-    noise = noise_near(table, best)
-    pairs = {lr: paired(row, table[best]) for lr, row in table.items() if lr != best}
-    k = sum(len(d) > 1 for d in pairs.values())
-    shown = {best: False}
-    near = [best]
+def compare_rates(table, best, margin=0.01):
+    """{rate: how it stands beside the best}. seems: worse, as far as perhaps a single run can tell; worse: shown
+    to be, which takes two pairs of runs, or two that diverged."""
+    pairs = {lr: paired(row, table[best]) for lr, row in table.items()}
+    k = max(1, sum(len(d) > 1 for d in pairs.values()) - 1)     # the best is not compared with itself
+    found = {}
     for lr, d in pairs.items():
-        if not d:   # it diverged, which with one seed of several may be bad luck
-            if len(table[lr]) > 1 or len(table[best]) == 1:
-                shown[lr] = True
-            continue
-        half = half_width(d, noise, k, NEAR)
-        shown[lr] = mean(d) > half
-        gain = 0
-        if all(0 < rise(table[x], table[lr]) < inf for x in neighbours(table, lr)):
-            gain = max(finer_gains(table, lr).values())     # a valley of its own, whose bottom may be lower
-        if mean(d) <= half + gain:
-            near.append(lr)
-    low = max((lr for lr, worse in shown.items() if worse and lr < min(near)), default=0)
-    high = min((lr for lr, worse in shown.items() if worse and lr > max(near)), default=inf)
-    return shown, sorted(near), low, high
+        half = half_width(d, *noise(table, best), k)
+        diverged = list(table[lr].values()).count(inf)
+        seems = not d or mean(d) > half or diverged > 1
+        worse = seems and max(len(d), diverged) > 1
+        verdict = "unclear"
+        if lr == best:
+            verdict = "best"
+        elif diverged:
+            verdict = "diverged"
+        elif worse:
+            verdict = "worse"
+        elif len(d) < 2:
+            verdict = "not tested"
+        elif mean(d) <= margin:
+            verdict = "as good"
+        found[lr] = dict(worse_by=mean(d), half_width=half, seems=seems, worse=worse, verdict=verdict)
+    return found
+
+def limits(found, best, what="worse"):
+    """The nearest rates below and above the best that are worse, or seem so; 0 and inf where none is."""
+    rates = [lr for lr in found if found[lr][what]]
+    low = max((lr for lr in rates if lr < best), default=0)
+    return low, min((lr for lr in rates if lr > best), default=inf)
 
 def compare_settings(tables, margin):
-    """{label: table} -> the best label (None: all diverged), its comparisons with others (insights.json)."""
-    rows, gain, noise = {}, {}, np.zeros(2)
-    for label, table in tables.items():
-        best = best_rate(table)
-        if best:
-            rows[label] = table[best]
-            gain[label] = max(finer_gains(table, best).values(), default=0)
-            noise += noise_near(table, best)
-    winner = min(rows, key=lambda label: mean(rows[label].values()), default=None)
-    if rows and not noise[1]:   # one rate each: the noise is what remains between settings
-        noise = noise_near(rows, winner)
+    """{label: table} -> the label with the lowest loss at its best rate (None: all diverged), and how the others
+    stand beside it, each at its best rate (the comparisons of insights.json)."""
+    best = {label: lowest(table) for label, table in tables.items() if lowest(table)}
+    rows = {label: tables[label][lr] for label, lr in best.items()}
+    winner = lowest(rows)
+    pooled = sum((noise(tables[label], best[label]) for label in rows), np.zeros(2))
+    if rows and not pooled[1]:      # one rate each: the noise is what remains between the settings
+        pooled = noise(rows, winner)
     comparisons = []
-    for label, row in rows.items():
-        d = paired(row, rows[winner])
-        if label == winner or not d:
-            continue
-        half = half_width(d, noise, comb(len(rows), 2), inf)    # the best came out of all pairs
-        low = mean(d) - half - gain[label]
-        high = mean(d) + half + gain[winner]
-        verdict = "shown" if low > 0 else "not shown"
+    for label in [label for label in rows if label != winner]:
+        d = paired(rows[label], rows[winner])
+        half = half_width(d, *pooled, comb(len(rows), 2))   # the winner came out of all pairs
+        low, high = mean(d) - half, mean(d) + half
+        verdict = "not shown"
+        if low > 0:
+            verdict = "different"
         if max(-low, high) < margin:
             verdict = "same"
         comparisons.append(dict(better=winner, worse=label, difference=mean(d), low=low, high=high,
                                 seeds=len(d), verdict=verdict))
     return winner, comparisons
 
-# What to run next ---------------------------------------------------------------------------------
+# What to run next: from a setting's table to a list of (rate, seed), of which the new ones are run -
 
-def stages(table, plan):
-    """What one setting wants, lists of (rate, seed): the first of them that asks for something new is run."""
-    yield [(lr, 0) for lr in plan.lrs]
-    # Outward, until the best has worse neighbours on both sides, and a rate above it diverges.
-    best = best_rate(table)
-    rates = []
-    if plan.widen and table and best in (None, min(table)):
-        rates.append(float(f"{min(table) / 3:.0e}"))
-    if plan.widen and best and not any(lr > best and inf in row.values() for lr, row in table.items()):
-        rates.append(float(f"{max(table) * 3.3:.0e}"))
-    # Between the best and its neighbours, until both are within a factor of 2, or closer where that pays.
-    wanted = best and (plan.widen or plan.refine) and len(neighbours(table, best)) == 2
-    gains = finer_gains(table, best) if wanted else {}
-    for lr, gain in gains.items():
-        limit = 2.05    # rates have two digits
-        if len(plan.settings) > 1 and gain > plan.margin / 2:   # it blurs their difference
-            limit = 1.25
-        elif gain > WORTH and len(table[best]) == 1 and max(table[lr].values()) < inf:
-            limit = 1.4
-        if abs(log(lr / best)) > log(limit) / 2 ** plan.refine:     # each halves the log distance
-            rates.append(float(f"{np.clip(sqrt(best * lr), best / 2, best * 2):.2g}"))
-    yield [(lr, 0) for lr in rates]
-    # Seeds for the best and its neighbours, then for all not shown to be worse, with the next ones outside.
-    rates = [best, *neighbours(table, best)] if best else []
+def rounded(lr, digits):
+    return float(f"{lr:.{digits}g}")
+
+def edge_above(table, best):
+    """What ends the search upward; "" where nothing does."""
+    for lr in sorted(lr for lr in table if lr > best):
+        if inf in table[lr].values():
+            return f"{lr:g} diverged"
+        if mean(paired(table[lr], table[best])) > 1:
+            return f"{lr:g} ended more than a nat worse"
+    return ""
+
+def outward(table, plan):
+    """Until there are worse rates on both sides of the best, and one above it diverged or is a nat worse."""
+    start = [(lr, 0) for lr in plan.lrs]
+    if not table or not plan.widen:
+        return start
+    first, last, best = min(table), max(table), lowest(table)
+    down, up = best in (None, first), best and not edge_above(table, best)
+    if best:    # no rate between it and an end seems worse, nor the end itself, in several seeds
+        low, high = limits(compare_rates(table, best), best, "seems")
+        down = down or (low == 0 and len(table[first]) > 1)
+        up = up or (high == inf and len(table[last]) > 1)
+    return start + [(rounded(first / 3, 1), 0)] * bool(down) + [(rounded(last * 3.3, 1), 0)] * bool(up)
+
+def between(table, plan):
+    """Midpoints, until the neighbours of the best rate are within a factor of 2: of 1.4 where settings are
+    compared, or where a parabola through the three can be lower than the best by more than the margin (that is
+    up to an eighth of what the two are worse, together). --refine halves these, on the log axis."""
+    best = lowest(table)
+    if not best or not (plan.widen or plan.refine):
+        return []
+    around = neighbours(table, best)
+    bend = sum(mean(paired(table[lr], table[best]) or [inf]) for lr in around) / 8
+    factor = 1.45 if len(plan.settings) > 1 or bend > plan.margin else 2.05     # rates have two digits
+    far = [lr for lr in around if abs(log(lr / best)) > log(factor) / 2 ** plan.refine]
+    return [(rounded(np.clip(sqrt(best * lr), best / 2, best * 2), 2), 0) for lr in far]
+
+def seeds(table, plan):
+    """For the best rate and its neighbours; then for all around it, up to the first that seem worse."""
+    best = lowest(table)
+    lrs = [best, *neighbours(table, best)] if best else []
     if best and len(table[best]) > 1:
-        shown, near, _, _ = compare_rates(table, best)
-        outside = neighbours(table, near[0])[:1] + neighbours(table, near[-1])[-1:]
-        rates = near + [lr for lr in outside if lr not in shown]
-    yield [(lr, seed) for lr in rates for seed in range(plan.seeds)
-           if seed < 2 or min(table[lr].values()) < inf]   # two that diverged are enough
+        low, high = limits(compare_rates(table, best), best, "seems")
+        lrs = [lr for lr in table if low <= lr <= high]
+    return [(lr, seed) for lr in lrs for seed in range(plan.seeds)
+            if seed < 2 or min(table[lr].values()) < inf]   # two that diverged are enough
 
 def tables_of(results):
     """{(setting, rate, seed): loss} -> {setting: table}, without the failed runs, whose loss is None."""
@@ -232,75 +230,69 @@ def tables_of(results):
 
 def next_runs(results, plan):
     """The search: {(setting, rate, seed): loss} of all asked for so far (inf: diverged, None: failed) -> the
-    next of them, and why it ended (None: it goes on)."""
+    next of them; and why it ended, once there are none."""
     tables = tables_of(results)
     keys = []
     for setting in plan.settings:
-        for stage in stages(tables.get(setting, {}), plan):
-            new = [(setting, *pair) for pair in dict.fromkeys(stage) if (setting, *pair) not in results]
+        for stage in (outward, between, seeds):     # the first that asks for something new
+            wanted = dict.fromkeys((setting, *run) for run in stage(tables.get(setting, {}), plan))
+            new = [key for key in wanted if key not in results]
             if new:
                 keys += new
                 break
     if keys and len(results) < plan.max_runs:
         return keys[:plan.max_runs - len(results)], None
     if keys:
-        return [], f"ended at the limit of {plan.max_runs} runs (--max-runs), before all that it wanted"
+        return [], f"it reached the limit of {plan.max_runs} runs (--max-runs), before it had all it wanted"
     if None in results.values():
-        return [], "ended without the runs that failed; the same command tries them again"
-    return [], "ran all that its plan asks for"
+        return [], "only runs that failed were left; the same command tries them again"
+    if not plan.widen:
+        return [], "it had run what was asked for"
+    edges = [edge_above(table, lowest(table)) for table in tables.values()]
+    return [], f"the best rate had others on both sides, and above it {', '.join(edges)}"
 
-# The folders of runs: how each run ended, and which may be compared -------------------------------
+# The folders of runs ------------------------------------------------------------------------------
+
+FREE = ("lr", "seed", "out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval",
+        "data_tokens")      # args that make no other setting; if data_tokens changes the text, its hash tells
 
 def die(message):
-    print(f"sweep.py: {message}", file=sys.stderr)
+    say(f"sweep.py: {message}", sys.stderr)
     raise SystemExit(2)
 
 def run_name(key):
     setting, lr, seed = key     # optimizer=muon-lr0.003-s0
     return re.sub(r"[^\w.+=,-]+", "_", f"{','.join(setting)}-lr{lr:g}-s{seed}".lstrip("-"))
 
-def refuse_mixture(runs, mix_code):
-    """Dies at runs of other data than the first's or, without mix_code, of other code than there is now."""
-    now = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in TRAIN.parent.glob("*.py")}
-    mixed = {}  # run: what has changed since it began
+def read_runs(dir):
+    """The runs in a folder that made a step, with their loss: inf where it diverged, None while it goes on."""
+    runs = [run for run in plot.read_runs(dir) if len(run["train"]["step"])]
     for run in runs:
-        began = {}
-        if not mix_code:
-            began.update(run["config"].get("code") or {})
-        data = run["config"].get("data")
-        if data:    # else config.json is damaged
-            began["data"] = data.get("train_sha256"), data.get("val_sha256")
-            now.setdefault("data", began["data"])
-        changed = [name for name in began if began[name] != now.get(name)]
-        if changed:
-            mixed[run["name"]] = changed
-    if mixed:
-        names = textwrap.shorten(", ".join(mixed), 200, placeholder=" ...")
-        other = sorted(set().union(*mixed.values()))
-        advice = "" if mix_code or "data" in other else ", or mix old and new with --mix-code"
-        die(f"{names} began with other {', '.join(other)}; choose another --name{advice}")
-
-def judge(runs):
-    """Sets loss and status of each run, beside the best: inf where it diverged, None where it goes on."""
-    for run in runs:
-        run["loss"] = None
+        loss = run["summary"].get("final_val_loss")
+        over = run["status"] in plot.STATUSES and isinstance(loss, float)
+        run["loss"] = loss if over else None
         if run["status"] == "diverged":
             run["loss"] = inf
-        elif run["status"] in plot.STATUSES and isinstance(run["summary"].get("final_val_loss"), float):
-            run["loss"] = run["summary"]["final_val_loss"]
-    alive = [run for run in runs if run["loss"] not in (None, inf) and len(run["train"]["train_loss"])]
-    best = min(alive, key=lambda run: run["loss"], default=None)
-    for run in alive:
-        run["status"] = plot.classify(run["train"]["train_loss"], np.median(best["train"]["train_loss"][-5:]))
-        if run["status"] == "diverged":
-            run["loss"] = inf
+    return runs
 
-def losses(runs, keys):
-    """{key: loss} of these among the runs, judged beside each other here; None: not finished or begun."""
-    names = {run_name(key): key for key in keys}
-    found = [run for run in runs if run["name"] in names]
-    judge(found)
-    return dict.fromkeys(keys) | {names[run["name"]]: run["loss"] for run in found}
+def refuse_mixture(runs, mix_code, made=None, settings=None):
+    """What a run was made with stands in its config.json. Dies at one with other data or (without mix_code) code
+    than made, which train.py --prepare said, or else than the first run; where settings are given, {setting:
+    args}, also at one whose args are not those of the place in the sweep that its name says."""
+    parts = ["args", "data"] + ["code"] * (not mix_code)
+    for run in runs:
+        now = {**runs[0]["config"], **(made or {}), "args": run["args"]}
+        if settings:
+            places = {run_name((setting, run["lr"], run["seed"])): setting for setting in settings}
+            now["args"] = settings.get(places.get(run["name"]), {"rate, seed or setting than its name says": 1})
+        found = []
+        for part in parts:
+            was = run["config"].get(part) or {}
+            found += [name for name, value in (now.get(part) or {}).items()
+                      if name not in FREE and was.get(name) != value]
+        if found:
+            die(f"{run['name']} was made with another {', '.join(found)}; choose another --name"
+                + " or add --mix-code" * found[0].endswith(".py"))
 
 # Processes ----------------------------------------------------------------------------------------
 
@@ -310,6 +302,50 @@ CHILD = dict(stdin=subprocess.DEVNULL, start_new_session=True)
 if sys.platform == "linux":
     LIBC = ctypes.CDLL(None)
     CHILD["preexec_fn"] = lambda: LIBC.prctl(1, signal.SIGKILL)
+    tqdm.monitor_interval = 0   # no thread beside a fork
+SAME_STOP = 2   # seconds in which signals are one stop: timeout(1) and some schedulers send it in two ways
+
+def handle_stops(plan):
+    """The first stop is passed on to the runs, which save and end; a later one kills them. What the starter
+    ignored (nohup) stays ignored, here and in the runs."""
+    def on_signal(number, frame):
+        plan.stops.append((number, time.monotonic()))
+        for process in plan.processes:
+            if plan.stops[-1][1] - plan.stops[0][1] > SAME_STOP:
+                process.kill()
+            elif len(plan.stops) == 1 and os.name == "posix":   # elsewhere the console has told them
+                process.send_signal(number)
+    for number in signal.Signals:
+        stop = number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+        if stop and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, on_signal)
+
+def end_if_stopped(plan):
+    if plan.stops:
+        say("stopped; every run keeps what it has. The same command goes on")
+        raise SystemExit(128 + plan.stops[0][0])
+
+def start(plan, command, **how):
+    process = subprocess.Popen(command, **CHILD, **how)
+    plan.processes.append(process)
+    return process
+
+def command(plan, setting, *more):
+    return [sys.executable, str(TRAIN), *plan.flags, *[f"--{text}" for text in setting], *more]
+
+def run_command(plan, key):
+    setting, lr, seed = key
+    own = [f"--lr={lr:g}", f"--seed={seed}", f"--out={plan.dir / run_name(key)}", "--resume", "--no-plot"]
+    return command(plan, setting, *own)
+
+def ask_train(plan, setting, flag):
+    """What train.py prints, JSON. If something is wrong, it has said so itself."""
+    process = start(plan, command(plan, setting, flag), stdout=subprocess.PIPE)
+    answer, _ = process.communicate()
+    end_if_stopped(plan)
+    if process.returncode:
+        raise SystemExit(2)
+    return json.loads(answer.splitlines()[-1])
 
 def visible_gpus(device):
     """Ids of the GPUs to share out, without importing torch (2 s); cuda:1 is train.py's to find."""
@@ -320,17 +356,7 @@ def visible_gpus(device):
         return [str(i) for i in range(subprocess.getoutput("nvidia-smi -L").count("UUID"))]
     return re.findall(r"[^\s,]+", names)
 
-def command(plan, key, *more):
-    setting, lr, seed = key
-    varied = [f"--{text}" for text in setting]
-    own = [f"--lr={lr:g}", f"--seed={seed}", f"--out={plan.dir / run_name(key)}", "--resume", "--no-plot"]
-    return [sys.executable, str(TRAIN), *plan.flags, *varied, *own, *more]
-
-def ask_train(plan, key, flag):
-    """What train.py prints; its refusal, a line on stderr, ends the sweep (CalledProcessError, below)."""
-    return subprocess.check_output(command(plan, key, flag), text=True, **CHILD)
-
-def start(plan, key, slot):
+def start_run(plan, key, slot):
     env = dict(os.environ)
     if plan.gpus:
         env["CUDA_VISIBLE_DEVICES"] = plan.gpus[slot % len(plan.gpus)]  # each has its share of the slots
@@ -339,152 +365,181 @@ def start(plan, key, slot):
     dir = plan.dir / run_name(key)
     dir.mkdir(parents=True, exist_ok=True)
     with open(dir / "stderr.log", "wb") as log:
-        return subprocess.Popen(command(plan, key), stdout=subprocess.DEVNULL, stderr=log, env=env, **CHILD)
+        process = start(plan, run_command(plan, key), stdout=subprocess.DEVNULL, stderr=log, env=env)
+    process.dir, process.began, process.steps = dir, time.monotonic(), plan.steps[key[0]]
+    return process
 
-def finish(dir, failed):
-    """Says how a run ended, as it sees it: beside a better one it may yet be slow, or diverged."""
-    summary = plot.read_json(dir / "summary.json") or {}
+def say_how_it_ended(process):
+    dir, code = process.dir, process.returncode
     log = dir / "stderr.log"
     lines = log.read_text(errors="replace").splitlines()
-    if not lines:
-        log.unlink()
-    if summary.get("status") in plot.STATUSES and not failed:
+    summary = plot.read_json(dir / "summary.json") or {}
+    if code == 0 and summary.get("status") in plot.STATUSES:
         loss = summary.get("final_val_loss") or nan     # null: it was not finite
-        print(f"{dir.name}: {summary['status']}, val loss {loss:.4g}")
-    else:
-        print(f"{dir.name}: FAILED, the others go on. The end of {log}:", *lines[-6:], sep="\n")
+        say(f"{dir.name}: {summary['status']}, validation loss {loss:.4g}, {time.monotonic() - process.began:.0f} s")
+        if not lines:
+            log.unlink()
+    elif code < 0:
+        say(f"{dir.name}: KILLED by {signal.Signals(-code).name}, from outside this program (out of memory? a "
+            f"time limit?). Its log is {log}; the same command goes on with it")
+    elif code < 128:
+        say("\n".join([f"{dir.name}: FAILED, the others go on. The end of {log}:", *lines[-6:]]))
+
+def show_progress(bar, running, done):
+    bar.n, losses = done, []
+    for process in running:
+        run = plot.read_run(process.dir)
+        if run and len(run["train"]["step"]):
+            bar.n += int(run["train"]["step"][-1])
+            losses.append(f"{run['name']} {run['train']['train_loss'][-1]:.3f}")
+    bar.set_postfix_str(", ".join(losses))      # which shows the bar
+    if isinstance(bar.fp, io.StringIO):
+        say(str(bar))
 
 def execute(plan, keys):
-    running = {}    # slot: (key, process)
+    """One round: runs, plan.jobs at a time, with one bar for all of them."""
+    waiting, running, done = list(keys), {}, 0      # running: {slot: process}
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    bar = tqdm(total=sum(plan.steps[setting] for setting, _, _ in keys), unit=" steps", ascii=True, leave=False,
+               dynamic_ncols=terminal, file=sys.stdout if terminal else io.StringIO())
+    shown = time.monotonic()
     try:
-        while keys or running:
+        while running or (waiting and not plan.stops):
             for slot in range(plan.jobs):
-                if slot in running and running[slot][1].poll() is not None:
-                    key, process = running.pop(slot)
-                    finish(plan.dir / run_name(key), failed=process.returncode != 0)
-                if slot not in running and keys:
-                    key = keys.pop(0)
-                    running[slot] = key, start(plan, key, slot)
+                if slot in running and running[slot].poll() is not None:
+                    process = running.pop(slot)
+                    done += process.steps
+                    bar.clear()
+                    say_how_it_ended(process)
+                if slot not in running and waiting and not plan.stops:
+                    running[slot] = start_run(plan, waiting.pop(0), slot)
+            if time.monotonic() - shown > (0.5 if terminal else 10):
+                show_progress(bar, running.values(), done)
+                shown = time.monotonic()
             time.sleep(0.05)
-            if plan.stopped:
-                sys.exit(plan.stopped)
-    finally:    # interrupted, or a full disk: Ctrl-C, on which each saves a checkpoint and ends
-        processes = [process for _, process in running.values()]
-        try:
-            for process in processes:
-                if os.name == "posix":  # elsewhere the console has told them
-                    process.send_signal(signal.SIGINT)
-            for process in processes:
-                process.wait()
-        finally:    # a second Ctrl-C does not wait; a process that has ended is not killed
-            for process in processes:
-                process.kill()
-                process.wait()
-
-def begin(plan, todo):
-    """Once, before the first run: one corpus, and one owner of the folder. Returns its lock. A dry run prints
-    its commands here, and ends."""
-    if todo and len(plan.settings) > 1:     # each setting reads the corpus that the largest budget needs
-        tokens = [int(ask_train(plan, (setting, *todo[0][1:]), "--dry-run")) for setting in plan.settings]
-        plan.flags = [*plan.flags, "--data-tokens", str(max(tokens))]
-    if plan.dry_run:
-        for key in todo:
-            print(f"cd {shlex.quote(os.getcwd())} && {shlex.join(command(plan, key))}")
-        raise SystemExit(0)
-    if todo:
-        ask_train(plan, todo[0], "--prepare")   # in plain sight
-        print(f"runs go to {plan.dir}, {plan.jobs} at a time")
-    else:
-        print("all runs were finished before and are kept; for new ones choose another --name")
-    return lock(plan.dir)
+    finally:
+        bar.close()
+        for process in running.values():    # after an exception, such as a full disk
+            process.kill()
+    end_if_stopped(plan)
 
 def run_sweep(plan):
     """Round after round; a restart replays them, and finished runs answer at once. Then the report."""
-    flags = plan.flags  # to which begin() adds
-    made_with = (plot.read_json(plan.dir / "sweep.json") or {}).get("flags", flags)
-    if made_with != flags:
-        die(f"{plan.dir} was made with other flags, {made_with}; choose another --name")
-    asked = []  # in all rounds
-    owner = ended = None
-    while not ended:
-        runs = plot.read_runs(plan.dir) if plan.dir.is_dir() else []
-        results = losses(runs, asked)
-        keys, ended = next_runs(results, plan)
-        todo = [key for key, loss in losses(runs, keys).items() if loss is None]
-        refuse_mixture(runs, plan.mix_code or not todo)     # somebody may have edited what is run
-        if todo or ended:
-            owner = owner or begin(plan, todo)
-            write_aside(plan.dir / "sweep.json", json.dumps(dict(flags=flags, ended=ended)).encode())
+    say("asking train.py about these flags ...", sys.stderr)
+    asked = {setting: ask_train(plan, setting, "--dry-run") for setting in plan.settings}
+    settings = {setting: answer["args"] for setting, answer in asked.items()}
+    plan.steps = {setting: answer["steps"] for setting, answer in asked.items()}
+    if len(asked) > 1:      # each setting reads the corpus that the largest budget needs
+        plan.flags += ["--data-tokens", str(max(answer["tokens"] for answer in asked.values()))]
+    own = settings[plan.settings[0]]["lr"]
+    plan.lrs = [rounded(float(text.strip("x")) * (own if "x" in text else 1), 6) for text in plan.lrs]
+    made = None
+    if not plan.dry_run:
+        say("preparing the data ...")
+        made = ask_train(plan, plan.settings[0], "--prepare")
+        owner = lock(plan.dir)
+        say(f"runs go to {plan.dir}, {plan.jobs} at a time")
+    keys = []   # of all rounds
+    while True:
+        runs = read_runs(plan.dir) if plan.dir.is_dir() else []
+        refuse_mixture(runs, plan.mix_code, made, settings)
+        found = {run["name"]: run["loss"] for run in runs}
+        results = {key: found.get(run_name(key)) for key in keys}
+        new, ended = next_runs(results, plan)
+        todo = [key for key in new if found.get(run_name(key)) is None]
+        if plan.dry_run and (todo or ended):
+            return print_commands(plan, todo)
+        if ended:
+            break
         execute(plan, todo)
-        asked += keys
-    text = report(plan.dir, plan.margin).split("## ")[0].replace("**", "")
-    print(f"\n{text}Table, analysis and pictures: {plan.dir}")
+        keys += new
+    text = report(plan.dir, plan, f"The search ended when {ended}.").split("## ")[0].replace("**", "")
+    say(f"\n{text}Table, analysis and pictures: {plan.dir}")
+    owner.close()
     return int(None in results.values())
+
+def print_commands(plan, keys):
+    for key in keys:
+        line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(run_command(plan, key))}"
+        if "\n" in line:    # what follows it would be run as a command of its own
+            die(f"{line!r:.200}: a command with a line break is refused")
+        say(line)
+    return 0
 
 # Analysis: insights.json --------------------------------------------------------------------------
 
-def analyse(runs, margin=0.01):
-    """All that the sweep shows. Leaves status, loss (nats) and setting in the runs."""
-    judge(runs)
+def analyse(runs, margin=0.01, ended=""):
+    """All that the runs show. Sets each run's setting, those of its args in which the runs differ, and its steps
+    to the training loss that the worst surviving run ends with."""
+    flags = [flag for flag in runs[0]["args"] if flag not in FREE]
+    varied = [flag for flag in flags if len({str(run["args"].get(flag)) for run in runs}) > 1]
+    ends = [run["train"]["train_loss"][-1] for run in runs if run["loss"] not in (None, inf)]
+    target = max(ends, default=-inf)
     for run in runs:
-        run["setting"] = re.sub(r"-?lr[\d.e+-]+-s\d+$", "", run["name"])   # what varies
+        if varied:
+            run["setting"] = " ".join(f"{flag.replace('_', '-')}={run['args'].get(flag)}" for flag in varied)
+        reached = run["train"]["step"][run["train"]["train_loss"] <= target]
+        run["steps_to_loss"] = min(reached, default=None)
     tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in runs})
     winner, comparisons = compare_settings(tables, margin)
-    settings = [analyse_setting(label, table, runs) for label, table in tables.items()]
+    settings = [analyse_setting(label, table, runs, margin) for label, table in tables.items()]
     use = None
-    for s in settings:
-        if s["label"] == winner:
-            use = dict(setting=winner, lr=s["best_lr"], low=s["low"], high=s["high"])
-    insights = dict(best=use, use=use, margin=margin, comparisons=comparisons, settings=settings,
-                    runs=len(runs), minutes=sum(run["summary"].get("seconds") or 0 for run in runs) / 60,
-                    one_batch=any(run["args"].get("full_batch") for run in runs))
+    if winner is not None and not runs[0]["args"].get("full_batch"):
+        [s] = [s for s in settings if s["label"] == winner]
+        use = dict(setting=winner, lr=s["best_lr"], low=s["low"], high=s["high"], seeds=s["seeds"], loss=s["best_loss"])
+    minutes = sum(run["summary"].get("seconds") or 0 for run in runs) / 60
+    insights = dict(use=use, ended=ended, runs=len(runs), minutes=minutes, margin=margin, target_loss=target,
+                    comparisons=comparisons, settings=settings)
     return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
 
-def analyse_setting(label, table, runs):
-    """One setting: what is known of its best rate, a row for each rate, and what these have in common."""
-    runs = [run for run in runs if run["setting"] == label and run["loss"] is not None]
-    rates = [analyse_rate([run for run in runs if run["lr"] == lr]) for lr in sorted(table)]
-    best = best_rate(table)
+def analyse_setting(label, table, runs, margin):
+    """One setting: what is known of its best rate, and a row for each rate."""
+    best = lowest(table)
+    found = compare_rates(table, best, margin) if best else {}
+    rates = []
+    for lr in sorted(table):
+        row = analyse_rate([run for run in runs if (run["setting"], run["lr"]) == (label, lr) and run["loss"]])
+        rates.append(row | found.get(lr, dict(worse_by=None, half_width=None, verdict="diverged")))
+    s = dict(label=label, rates=rates, summary=summarise([row for row in rates if not row["diverged"]]))
     if not best:
-        return dict(label=label, best_lr=None, bracketed=False, edge={}, rates=rates)
-    best_loss = mean(table[best].values())
-    shown, _, low, high = compare_rates(table, best)
-    for row in rates:
-        row["shown"] = shown.get(row["lr"])
-        difference = rise(table[row["lr"]], table[best])
-        if difference < inf:    # without its seeds' luck: in the order of the pairs
-            row.update(difference=difference, val_loss=best_loss + difference)
-    alive = [row for row in rates if isfinite(row["val_loss"])]
-    values = [row["val_loss"] for row in alive]
-    summary = dict(mean=mean(values), deviation=deviation(values), best=min(values), worst=max(values))
-    for name in ("loss", "accuracy", "perplexity"):     # correlation with log rate
-        x = [(log(row["lr"]), row["val_" + name]) for row in alive]
-        with np.errstate(all="ignore"):     # no variation, no correlation
-            summary[name] = np.corrcoef(x, rowvar=False)[0, 1] if len(x) > 2 else None
-    edge = {}   # the first rates above the best with a run that was unstable, or diverged; and the one below
+        return s | dict.fromkeys(["best_lr", "best_loss", "low", "high", "noise"]) | dict(
+            as_good=[], seeds=0, bracketed=False, edge=dict(unstable=None, diverged=None))
+    squares, df = noise(table, best)
+    low, high = limits(found, best)
+    return s | dict(best_lr=best, best_loss=mean(table[best].values()), low=low or None, high=high,
+                    noise=sqrt(squares / df) if df else None, seeds=len(table[best]),
+                    as_good=[row["lr"] for row in rates if row["verdict"] == "as good"],
+                    bracketed=len(neighbours(table, best)) == 2,
+                    edge={status: first_above(rates, best, status) for status in ("unstable", "diverged")})
+
+def first_above(rates, best, status):
+    """The first rate above the best with a run of this status, or None."""
     for below, row in itertools.pairwise(rates):
-        for status in plot.EDGE:
-            if row["lr"] > best and row[status] and status not in edge:
-                edge.setdefault("lr", row["lr"])
-                edge[status] = dict(lr=row["lr"], ratio=row["lr"] / best, least=below["lr"] / best,
-                                    survived=below["lr"], seeds=row[status], of=len(row["seeds"]))
-    squares, df = noise_near(table, best)
-    return dict(label=label, best_lr=best, best_loss=best_loss, low=low or None, high=high,
-                as_good=[row["lr"] for row in rates if row["shown"] is False and not row["diverged"]],
-                noise=sqrt(squares / df) if df else None, seeds=len(table[best]), rates=rates,
-                bracketed=len(neighbours(table, best)) == 2, edge=edge, summary=summary)
+        if row["lr"] > best and row[status]:
+            return dict(lr=row["lr"], seeds=row[status], of=len(row["seeds"]), ratio=row["lr"] / best,
+                        survived=below["lr"])
+
+def summarise(rows):
+    """Of rates that survived; with the correlations with log rate that earlier reports gave."""
+    columns = ("val_loss", "val_accuracy", "val_perplexity")
+    x = np.array([[log(row["lr"]), *map(row.get, columns)] for row in rows])
+    with np.errstate(all="ignore"):     # no variation, no correlation
+        correlations = np.corrcoef(x, rowvar=False)[0, 1:] if len(x) > 2 else []
+    losses = [row["val_loss"] for row in rows]
+    return dict(mean=mean(losses), deviation=deviation(losses), best=min(losses, default=nan),
+                worst=max(losses, default=nan), correlations=dict(zip(columns, correlations)))
 
 def analyse_rate(runs):
     alive = [run for run in runs if run["loss"] < inf]  # the means are of these
     states = [run["status"] for run in runs]
-    row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], unstable=states.count("unstable"),
-               diverged=states.count("diverged"), status=max(states, key=plot.STATUSES.index),
-               deviation=deviation([run["loss"] for run in alive]), difference=None, shown=None,
+    row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], status=max(states, key=plot.STATUSES.index),
+               unstable=states.count("unstable"), diverged=states.count("diverged"),
+               runs=[[run["seed"], run["loss"], run["status"]] for run in runs],
+               deviation=deviation([run["loss"] for run in alive]), val_loss=mean(run["loss"] for run in alive),
+               steps_to_loss=mean(run["steps_to_loss"] for run in alive),
                max_grad_norm=mean(run["summary"].get("max_grad_norm") for run in runs))
-    for name in ("val_loss", "val_accuracy", "val_perplexity", "val_bpb"):
+    for name in ("val_accuracy", "val_perplexity", "val_bpb"):
         row[name] = mean(run["summary"].get("final_" + name) for run in alive)
-    minutes = mean(run["summary"].get("seconds") for run in alive) / 60
-    row["accuracy_per_minute"] = row["val_accuracy"] / max(minutes, 1e-9)
     return row
 
 # Report -------------------------------------------------------------------------------------------
@@ -492,100 +547,131 @@ def analyse_rate(runs):
 COLUMNS = ("setting", "lr", "seed", "status", "steps", "final_val_loss", "final_val_accuracy",
            "final_val_perplexity", "final_val_bpb", "final_train_loss", "best_val_loss", "best_val_step",
            "max_grad_norm")     # no times: repeatable
-ANSWER = "**Use {best_lr:g} {label}**, validation loss {best_loss:.3f} nats a token. It has "
-WHY = {
-    "tested": """the lowest mean of {seeds} seeds. The optimum lies from {between}; paired tests show the \
-limits to be worse, 95% together (noise {noise:.4f} nats). As good, as far as {seeds} seeds can tell: \
-{good}.""",
-    "one seed": """the lowest loss with **one seed**; another may have another best. As a rule of thumb, not \
-a test, the optimum lies from {between}; the limits are over 0.1 nats worse. As good, it seems: {good}.""",
-    "one rate": """no rival: no other rate survived all its {seeds} seeds, if one was tried. Where the \
-optimum lies is unknown."""}
-FIRST = {
-    "unstable": "The first unstable rate above the best is {lr:g}, in {seeds} of {of} seeds.",
-    "diverged": """The first diverged rate above the best is {lr:g}, in {seeds} of {of} seeds.\n
-Runs begin to diverge somewhere between {survived:g} and there, at {least:.1f} to {ratio:.1f} times the best \
-rate; by the folk rule 2 to 4 is usual, less is near the edge, more is conservative."""}
-RATES = "`difference`: nats above the best, paired over seeds; `shown`: to be worse (empty: no pair tells)."
+CURVES = ("setting", "lr", "seed", "step", "train_loss", "val_loss")
+SAID = {"different": "the seeds show it.", "not shown": "the seeds do not show which is better.",
+        "same": "the same, for all that matters (--margin)."}
 
-def markdown(rows, columns):
-    """A table of some columns of insights.json."""
-    names = columns.split()
-    lines = [names, ["---"] * len(names)]
-    for row in rows:
-        values = [row[name] for name in names]
-        lines.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in values])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace(" None ", "  ")
+def answer(s):
+    """Which rate to use in a setting, and how sure that is."""
+    name = f"{s['best_lr']:g} {s['label']}".strip()
+    text = f"**Use {name}**: of the learning rates tried, it has the lowest validation loss, {s['best_loss']:.3f} "
+    if s["seeds"] == 1:
+        return text + "nats a token, in its only run. One seed cannot tell a better rate from luck: add --seeds 3."
+    text += f"nats a token on average over {s['seeds']} seeds. "
+    if s["low"] and s["high"]:
+        text += (f"The optimum lies between {s['low']:g} and {s['high']:g}, the nearest rates that are shown to "
+                 "be worse: by paired t-tests over the seeds, which hold together with 95%, or by two runs that "
+                 "diverged.")
+    else:
+        sides = [side for side, limit in (("below", s["low"]), ("above", s["high"])) if not limit]
+        text += f"No rate {' or '.join(sides)} it is shown to be worse, so the optimum may lie far {' or '.join(sides)}."
+    close = [f"{row['lr']:g} ({row['worse_by']:+.3f})" for row in s["rates"]
+             if row["verdict"] in ("as good", "unclear")]
+    if close:
+        text += f" The seeds cannot tell it from {', '.join(close)}; in brackets, nats above the best."
+    return text
 
-def write_up(insights):
+def above_the_best(s):
+    """What happened at higher rates."""
+    unstable, diverged, top = s["edge"]["unstable"], s["edge"]["diverged"], s["rates"][-1]
+    text = ""
+    if unstable:
+        text = "The first unstable rate above the best is {lr:g}, in {seeds} of {of} runs. ".format(**unstable)
+    if diverged:
+        text += ("The first one that diverged is {lr:g}, in {seeds} of {of} runs, {ratio:.1f} times the best; "
+                 "{survived:g} did not. A folk rule says 2 to 4 times.").format(**diverged)
+    elif top["lr"] > s["best_lr"]:
+        text += f"None above the best diverged, up to {top['lr']:g}, {top['worse_by']:.2f} nats worse."
+    else:
+        text += "No rate above the best was tried."
+    return text
+
+def table_row(row):
+    worse_by = ""
+    if row["worse_by"] is not None and row["verdict"] != "best":
+        worse_by = f"{row['worse_by']:.4f}"
+    if row["half_width"] is not None and worse_by:
+        worse_by += f" ± {row['half_width']:.4f}"
+    loss, bpb = [f"{row[name]:.4f}" if row[name] else "" for name in ("val_loss", "val_bpb")]
+    cells = [f"{row['lr']:g}", str(len(row["seeds"])), loss, worse_by, row["verdict"], row["status"], bpb]
+    return f"| {' | '.join(cells)} |"
+
+def write_up(insights, unfinished=(), mix_code=False):
     """lr_sweep_analysis.md, the answer first. Every number in it comes out of insights."""
-    use = insights["use"]
-    first = "There is no answer: no run has survived. Try lower rates with --lrs."
-    text = ["The search {ended}. {runs} runs took {minutes:.1f} minutes.".format(**insights)]
-    if insights["unfinished"]:
-        text.append(f"Left out, not finished or damaged: {', '.join(insights['unfinished'])}.")
-    unsure = [c["worse"] for c in insights["comparisons"] if c["verdict"] != "shown"]
-    if unsure:
-        text.append(f"{use['setting']} is not shown to be better than {' and '.join(unsure)}.")
-    if insights["comparisons"]:
-        text.append("## Settings, each at its best rate (same: within {margin:g} nats)".format(**insights))
-        text.append(markdown(insights["comparisons"], "better worse difference low high seeds verdict"))
-    for s in insights["settings"]:
-        text += [f"## Rates {s['label']}".strip(), RATES]
-        rates = [dict(row, lr=f"{row['lr']:g}") for row in s["rates"]]
-        text.append(markdown(rates, "lr seeds status unstable diverged difference shown val_bpb"))
-        if not s["best_lr"]:
-            continue
-        if use["setting"] == s["label"]:
-            limits = [f"{lr:g}" if lr else "no known limit" for lr in (s["low"], s["high"])]
-            good = [f"{lr:g}" for lr in s["as_good"] if lr != s["best_lr"]]
-            why = "tested"
-            if s["noise"] is None:
-                why = "one seed" if s["seeds"] == 1 else "one rate"
-            first = ANSWER + WHY[why]
-            first = first.format(**s, between=" to ".join(limits), good=", ".join(good) or "no other")
-        for status in plot.EDGE:
-            if status in s["edge"]:
-                text.append(FIRST[status].format(**s["edge"][status]))
-            else:
-                text.append(f"No rate above the best, up to {s['rates'][-1]['lr']:g}, was {status}.")
-        text.append("Over the rates that survived, and the correlation of their log rate with:")
-        text.append(markdown([s["summary"]], "mean deviation best worst loss accuracy perplexity"))
-    if insights["one_batch"]:
-        first = "These runs fit one batch: their validation loss recommends no rate. Look at sharpness.png."
-    return "\n\n".join(["# Which learning rate?", first.replace(" **,", "**,"), *text]) + "\n"
+    use, settings = insights["use"], insights["settings"]
+    text = ["# Which learning rate?"]
+    if use:
+        text += [answer(s) for s in settings if s["label"] == use["setting"]]
+    else:
+        text.append("No answer: no run survived; or all fit one batch, whose validation loss recommends no rate.")
+    text.append("{runs} runs took {minutes:.1f} minutes. {ended}".format(**insights).strip())
+    if unfinished:
+        text.append(f"Left out, as they are not over or cannot be read: {', '.join(unfinished)}.")
+    if mix_code:
+        text.append("Runs of edited code may be among them (--mix-code).")
+    for c in insights["comparisons"]:
+        size = "{difference:.4f} nats".format(**c)
+        if c["low"] is not None:
+            size += " (from {low:.4f} to {high:.4f})".format(**c)
+        text.append(f"{c['worse']} at its best rate is {size} worse than {c['better']}: {SAID[c['verdict']]}")
+    for s in settings:
+        text.append(f"## Learning rates {s['label']}".strip())
+        if s["best_lr"]:
+            text.append(above_the_best(s))
+        head = "| rate | seeds | loss | worse by | verdict | curves | bits a byte |\n|" + " --- |" * 7
+        text.append("\n".join([head, *map(table_row, s["rates"])]))
+        if s["summary"]["deviation"]:
+            text.append("The rates that survived in all their seeds end at {mean:.3f} nats on average (deviation "
+                        "{deviation:.3f}), from {best:.3f} to {worst:.3f}.".format(**s["summary"]))
+    return "\n\n".join(text) + "\n"
 
-def report(dir, margin):
-    """Reads the runs under dir, and writes table, analysis and all pictures there; returns the analysis."""
-    runs = plot.read_runs(dir)
-    refuse_mixture(runs, mix_code=True)
-    if not runs:
-        die(f"{dir} holds no run with a readable config.json")
-    insights = analyse(runs, margin)
-    search = plot.read_json(dir / "sweep.json") or {}
-    insights["ended"] = search.get("ended") or "goes on: the same command continues it"
-    done = [run["name"] for run in runs if run["loss"] is not None]
-    insights["unfinished"] = sorted(x.name for x in dir.iterdir() if x.is_dir() and x.name not in done)
+def write_csv(path, columns, rows):
     table = io.StringIO()
-    rows = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    rows.writeheader()
-    for run in runs:
-        rows.writerow({**run["summary"], **run, "lr": f"{run['lr']:g}"})
-        if not (run["dir"] / "loss_curves.png").exists():
-            plot.draw_run(run["dir"])
-    text = write_up(insights)
-    write_aside(dir / "summary_table.csv", table.getvalue().encode())
+    csv.writer(table, lineterminator="\n").writerows([columns, *rows])
+    write_aside(path, table.getvalue().encode())
+
+def curve(run):
+    """A run's rows in curves.csv: at most 100 means of training losses, and every validation loss."""
+    name = [run["setting"], f"{run['lr']:g}", run["seed"]]
+    steps, losses = run["train"]["step"], run["train"]["train_loss"]
+    block = ceil(len(steps) / 100)
+    for i in range(0, len(steps), block):
+        yield [*name, int(steps[i:i + block][-1]), f"{np.mean(losses[i:i + block]):.4g}", ""]
+    for step, loss in zip(run["metrics"]["step"], run["metrics"]["val_loss"]):
+        if isfinite(loss):
+            yield [*name, int(step), "", f"{loss:.4g}"]
+
+def report(dir, plan, ended=""):
+    """Reads the runs under dir, and writes tables, analysis and pictures there; returns the analysis."""
+    runs = read_runs(dir)
+    refuse_mixture(runs, plan.mix_code)
+    if not runs:
+        die(f"{dir} holds no run that made a step")
+    before = plot.read_json(dir / "insights.json") or {}
+    if before.get("runs") == len(runs):     # analysed once more
+        ended = ended or before.get("ended", "")
+    insights = analyse(runs, plan.margin, ended)
+    over = [run["name"] for run in runs if run["loss"] is not None]
+    unfinished = sorted(path.name for path in dir.iterdir() if path.is_dir() and path.name not in over)
+    text = write_up(insights, unfinished, plan.mix_code)
+    rows = [{**run["summary"], **run, "lr": f"{run['lr']:g}"} for run in runs]
+    write_csv(dir / "summary_table.csv", COLUMNS, [[row.get(name) for name in COLUMNS] for row in rows])
+    if runs[0]["config"]:   # else the runs were read from curves.csv
+        write_csv(dir / "curves.csv", CURVES, itertools.chain(*map(curve, runs)))
     write_aside(dir / "lr_sweep_analysis.md", text.encode())
     write_aside(dir / "insights.json", json.dumps(insights, indent=1).encode())
+    for run in runs:
+        if run["config"] and not (run["dir"] / "loss_curves.png").exists():
+            plot.draw_run(run["dir"])
     plot.draw_sweep(dir, runs, insights)
     return text
 
 # Command line -------------------------------------------------------------------------------------
 
 def learning_rate(text):
-    if not 1e-9 <= float(text) <= 1e6:
+    if not 1e-9 <= float(text.removeprefix("x")) <= 1e6:
         raise ValueError
-    return float(f"{float(text):g}")    # as folders are named
+    return text
 
 def positive(text):
     if not 1 <= int(text) <= 999_999:
@@ -600,45 +686,42 @@ def parse_vary(texts):
         flags = names.replace("_", "-").split(",")
         if {"lr", "seed", "out", "preset", "data", "data-tokens", "vocab-size"}.intersection(flags):
             die(f"--vary {text}: rates have --lrs, seeds --seeds; losses compare within one tokenizer only")
-        axes.append([])
-        for value in values.split(","):
-            parts = value.split(":", len(flags) - 1)
-            if len(parts) != len(flags) or "" in flags + parts:
-                die(f"--vary {text}: write FLAG=V1,V2 or FLAG1,FLAG2=A:B,C:D")
-            axes[-1].append(tuple(map("=".join, zip(flags, parts))))
+        parts = [value.split(":", len(flags) - 1) for value in values.split(",")]
+        if any(len(part) != len(flags) or "" in flags + part for part in parts):
+            die(f"--vary {text}: write FLAG=V1,V2 or FLAG1,FLAG2=A:B,C:D")
+        axes.append([tuple(map("=".join, zip(flags, part))) for part in parts])
     return [sum(combination, ()) for combination in itertools.product(*axes)]
 
 def make_plan(argv):
     """The flags, checked, and what follows from them: flags and settings of the runs, dir, gpus, jobs."""
     p = argparse.ArgumentParser("sweep.py", allow_abbrev=False, add_help=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                description="Flags not listed here go on to train.py.")
+                                description="All other flags are sent on to train.py (see python train.py --help).")
     p.error = lambda message: die(f"{message}; see --help")
-    add = p.add_argument
-    add("--preset", choices=GRIDS, default="tiny", help="of the model")
-    add("--study", choices=STUDIES, help="a named plan, which sets defaults of the others")
-    first, _ = p.parse_known_args(argv)     # these two decide the defaults of the others
-    own, fixed = STUDIES.get(first.study, ("", ""))
-    grid = GRIDS[first.preset]
-    def multiple(text):
-        return learning_rate(f"{float(text) * grid[(len(grid) - 1) // 2]:.2g}")
+    add = p.add_argument_group("what to train").add_argument
+    add("--preset", default="tiny", help="a preset of train.py: tiny (the default), dense, dense-low, moe or your own")
+    add("--vary", action="append", default=[], metavar="FLAG=V1,V2",
+        help="compare values of any train.py flag, each at its own best learning rate; FLAG1,FLAG2=A:B,C:D for pairs")
+    add("--device", default="auto", help="where to train: auto (the default), cuda, mps or cpu")
+    add = p.add_argument_group("what to try").add_argument
+    add("--study", choices=STUDIES, help="a named experiment: sets --lrs, --no-widen and more")
+    first, _ = p.parse_known_args(argv)     # these decide the defaults of the others
+    grid = GRIDS.get(first.preset, OTHER_GRID).split()
+    add("--lrs", nargs="+", type=learning_rate, default=grid, metavar="LR",
+        help=f"learning rates to start from; x3 is 3 times train.py's own (default: {' '.join(grid)})")
+    add("--seeds", type=positive, default=3, help="runs of each learning rate that matters (default: 3)")
+    add("--refine", type=int, default=0, choices=range(10), help="halve the steps around the best learning rate so many times (default: 0)")
+    add("--widen", action=argparse.BooleanOptionalAction, default=not first.study, help="search beyond --lrs, and between them (default: yes, without --study)")
+    add("--margin", type=float, default=0.01, help="a difference in loss that does not matter, in nats (default: 0.01)")
+    add("--max-runs", type=positive, help="at most so many runs (default: 16 for each setting and seed, or all of --lrs)")
+    add = p.add_argument_group("how to run, and what to do with the runs").add_argument
+    add("--jobs", type=positive, help="runs at once (default: as many as the cores or GPUs are good for)")
+    add("--name", help="folder of the sweep, under runs/ (default: made of the flags)")
+    add("--mix-code", action="store_true", help="allow runs that were made before the code was edited")
+    add("--dry-run", action="store_true", help="print the commands of the next round, one a line, and stop")
+    add("--report", type=Path, metavar="FOLDER", help="analyse and draw again what is in this folder, and stop")
     add("-h", "--help", action="help", help="show this and stop")
-    add("--lrs", nargs="+", type=learning_rate, default=grid, help="rates to start from")
-    add("--around", nargs="+", type=multiple, dest="lrs", help="the same, as multiples of the middle one")
-    add("--seeds", type=positive, default=1, help="of the rates that matter")
-    add("--refine", type=int, default=0, choices=range(10), help="how often to halve steps around the best")
-    add("--vary", action="append", default=[], help="FLAG=V1,V2 of train.py, or FLAG1,FLAG2=A:B,C:D")
-    add("--widen", action=argparse.BooleanOptionalAction, default=not own, help="search beyond these rates")
-    add("--max-runs", type=positive, help="None: per setting and seed 16, or as many as --lrs")
-    add("--jobs", type=positive, help="runs at once; None: as many as pay")
-    add("--margin", type=float, default=0.01, help="nats: settings within it are called the same")
-    add("--name", help="folder under runs/; None: from the flags")
-    add("--device", default="auto", help="as train.py takes it")
-    add("--mix-code", action="store_true", help="compare runs of edited code with those before the edit")
-    add("--dry-run", action="store_true", help="print the next round's commands, one a line, and stop")
-    add("--report", type=Path, help="analyse and draw again what lies in this folder, and stop")
-    plan, given = p.parse_known_args(own.split() + argv)
-    plan.flags = ["--preset", plan.preset, "--device", plan.device, *fixed.split(), *given]
+    plan, given = p.parse_known_args(STUDIES.get(first.study, "").split() + argv)
+    plan.flags = ["--preset", plan.preset, "--device", plan.device, *given]
     for word in given:
         if word.split("=")[0] in ("--lr", "--seed", "--out", "--resume", "--prepare", "--data-tokens"):
             die(f"{word} is set by the sweep; see --lrs, --seeds and --name in --help")
@@ -650,46 +733,27 @@ def make_plan(argv):
     if not 0 <= plan.margin < inf:
         die(f"--margin {plan.margin}: a number of nats, from 0")
     plan.dir = Path("runs") / plan.name
-    plan.stopped = None     # the exit status, once a signal has come
+    plan.stops, plan.processes = [], []
     plan.settings = parse_vary(plan.vary)
     plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
     plan.gpus = visible_gpus(plan.device)
     # Without GPUs: a larger run fills all cores, and a Mac has one GPU.
     on_cpu = min(8, cores()) if plan.preset == "tiny" and sys.platform != "darwin" else 1
-    plan.jobs = plan.jobs or len(plan.gpus) * PER_GPU[plan.preset] or on_cpu
+    plan.jobs = plan.jobs or len(plan.gpus) * PER_GPU.get(plan.preset, 1) or on_cpu
     return plan
 
 def main(argv):
     try:
-        for text in [os.getcwd(), *argv]:
-            if not text.isprintable():  # a newline would cut a line of --dry-run in two, and run what follows
-                die(f"{text!a}: control characters are refused")
         plan = make_plan(argv)
         if plan.report:
-            print(report(plan.report, plan.margin))
+            say(report(plan.report, plan))
             return 0
-        def on_signal(number, frame):
-            plan.stopped = 128 + number     # kept, as Python ignores an exit in the moment of a fork
-            sys.exit(plan.stopped)
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            signal.signal(number, on_signal)
-        try:
-            return run_sweep(plan)
-        except SystemExit as end:
-            if end.code > 128:  # by one of these signals
-                print("stopped; every run keeps what it has. The same command goes on")
-            raise
-    except BrokenPipeError:     # whoever read the lines has gone (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except subprocess.CalledProcessError:   # train.py has said what is wrong
-        return 2
+        handle_stops(plan)
+        return run_sweep(plan)
     except DataError as error:  # another sweep owns the folder
         die(error)
     except OSError as error:    # a full disk, a folder that is read-only or not there
         die(f"{error.filename or 'output'}: {error.strerror}")
 
 if __name__ == "__main__":
-    sys.stdout = sys.stdout or open(os.devnull, "w")    # None: closed by whoever started this
-    sys.stdout.reconfigure(line_buffering=True)
     sys.exit(main(sys.argv[1:]))

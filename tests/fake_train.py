@@ -1,7 +1,7 @@
 """Stands in for train.py in the tests: the same flags and folder, losses from a law, not from training.
 
 Final loss against rate is lowest at FAKE_BEST (2e-3); above 15 times that a run spikes, above 40 it diverges.
-FAKE_DELAY: seconds a step; FAKE_FAIL: a rate that crashes. A checkpoint is just metrics.csv itself.
+FAKE_DELAY: seconds a step; FAKE_FAIL: a rate that crashes; FAKE_KILL: one that is killed from outside. A checkpoint is just metrics.csv itself.
 """
 import argparse
 import hashlib
@@ -32,19 +32,33 @@ p.add_argument("--min-lr-ratio", type=float, default=0.1)
 for flag in ("resume", "no-plot", "no-progress", "dry-run", "prepare"):
     p.add_argument(f"--{flag}", action="store_true")
 args = p.parse_args()
+if args.lr is None:
+    args.lr = 2e-3  # the preset's own
 tokens = args.data_tokens or args.max_steps * 4096
-if args.dry_run:
-    print(tokens)
+
+# What a loss depends on: the text, of which a run reads as much as it needs, and this file.
+corpus = hashlib.sha256(f"{args.data} {tokens}".encode()).hexdigest()
+data = dict(corpus=args.data, train_sha256=corpus, val_sha256=corpus)
+code = {Path(__file__).name: hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+settings = {key: str(value) if key == "out" else value for key, value in vars(args).items()}
+answer = dict(args=settings, tokens=tokens, steps=args.max_steps)
+if args.prepare:
+    answer |= dict(data=data, code=code)
 if args.dry_run or args.prepare:
+    print(json.dumps(answer))
     sys.exit(0)
 
 out = args.out
 start = time.time()
 stopped = []
-signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: stopped.append(number))
 out.mkdir(parents=True, exist_ok=True)
 if args.lr == float(os.environ.get("FAKE_FAIL", "nan")):
     raise RuntimeError("out of memory, say")
+if args.lr == float(os.environ.get("FAKE_KILL", "nan")):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def summary(status, **values):
@@ -61,13 +75,8 @@ except (OSError, ValueError, KeyError):
 if status in ("converged", "slow", "unstable", "diverged"):
     sys.exit(0)
 
-# What a loss depends on: the text, of which a run reads as much as it needs, and this file.
-corpus = hashlib.sha256(f"{args.data} {tokens}".encode()).hexdigest()
-code = {Path(__file__).name: hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-settings = {key: value for key, value in vars(args).items() if key != "out"}
 if not (out / "config.json").exists():
-    config = dict(args=settings, data=dict(train_sha256=corpus, val_sha256=corpus), code=code)
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(json.dumps(dict(args=settings, data=data, code=code)))
 summary("running")
 
 # The law: the loss at the end, from the rate, the seed's luck, and the run's own.
@@ -112,7 +121,7 @@ with open(path, "w") as file:
             file.write(f"{row},,,,,{loss:.6g},{1 / (1 + loss):.6g},{perplexity:.6g},{loss / 3:.6g}\n")
         if stopped:
             summary("interrupted")
-            sys.exit(130)
+            sys.exit(128 + stopped[0])
         if not math.isfinite(loss):
             break
 final = end
