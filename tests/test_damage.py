@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 import data
 import train
@@ -91,29 +90,7 @@ def test_the_second_owner_of_a_folder_is_told_who_the_first_one_is(capsys):
     assert train.main([*FLAGS, "--out", "owned"]) == 0
 
 
-@pytest.mark.parametrize("name,content", [("config.json", '{"args": null}'), ("metrics.csv", "")])
-def test_a_finished_run_that_lost_its_checkpoint_too_begins_anew(name, content):
-    shutil.rmtree("lost", ignore_errors=True)
-    shutil.copytree("whole", "lost")
-    Path("lost/checkpoints/last.pt").unlink()
-    Path("lost", name).write_text(content)
-    assert train.main([*FLAGS, "--out", "lost", "--resume"]) == 0
-    assert numbers("lost") == numbers("whole")
-
-
 def test_nothing_changes_in_a_finished_run():
     before = {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
     assert train.main([*FLAGS, "--out", "whole", "--resume"]) == 0
     assert before == {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
-
-
-def test_a_checkpoint_of_an_older_version_is_refused_and_kept(capsys):
-    shutil.copytree("stopped", "old")
-    path = Path("old/checkpoints/last.pt")
-    saved = torch.load(path, weights_only=True)
-    del saved["started"]
-    torch.save(saved, path)
-    before = path.read_bytes()
-    with pytest.raises(SystemExit) as e:
-        train.main([*FLAGS, "--out", "old", "--resume"])
-    assert e.value.code == 2 and "older version" in capsys.readouterr().err and path.read_bytes() == before

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch._dynamo
 import torch.nn.functional as F
 
 import data
+import plot
 import train
 from model import ModelConfig, Transformer
 from optim import build_optimizer
@@ -97,8 +99,8 @@ def test_a_run_writes_its_folder():
     assert code == 0 and summary["status"] in ("converged", "slow") and summary["steps"] == 20
     config = read("full", "config.json")
     assert config["args"]["lr"] == 0.01 and config["data"]["corpus"]
-    assert config["versions"]["torch"] == torch.__version__
-    assert config["code"].keys() == {"model.py", "optim.py", "schedule.py", "data.py", "train.py"}
+    assert config["torch"] == torch.__version__
+    assert config["code"].keys() == {"model.py", "optim.py", "schedule.py", "data.py", "train.py", "plot.py"}
     assert "step 20/20 | loss" in Path("full/training.log").read_text()
 
     train_rows = [row for row in metrics if row["train_loss"]]
@@ -122,7 +124,7 @@ def test_the_evaluation_again_and_plainly_from_the_checkpoint():
     evals = run("evaluated", "--lr", "0.01")[2]
     loss = numbers(evals, "val_loss")[-1]
     saved = torch.load("evaluated/checkpoints/last.pt", weights_only=True)
-    model = Transformer(ModelConfig(**saved["config"]), train.pick_dtype("auto", CPU))
+    model = Transformer(ModelConfig(**saved["config"]["model"]), train.pick_dtype("auto", CPU))
     model.load_state_dict(saved["model"])
     corpus = data.load("text.txt", 300)
     x, y = data.val_windows(corpus.val, 16, 400)
@@ -208,12 +210,12 @@ def test_ctrl_c_saves_and_resume_goes_on():
 
 def test_without_an_interval_a_short_run_saves_only_its_end(monkeypatch):
     saved = []
-    write = train.write
+    save = train.RunFolder.save
 
-    def note(path, value):
-        saved.append((path.name, value.get("state", {}).get("step")))
-        write(path, value)
-    monkeypatch.setattr(train, "write", note)
+    def note(folder, name, **value):
+        saved.append((name, value.get("state", {}).get("step")))
+        save(folder, name, **value)
+    monkeypatch.setattr(train.RunFolder, "save", note)
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
@@ -229,11 +231,12 @@ def test_without_an_interval_a_short_run_saves_only_its_end(monkeypatch):
 def test_divergence_ends_a_run_early_and_counts_as_a_result():
     flags = ["--lr", "30", "--max-steps", "200", "--grad-clip", "0", "--eval-interval", "50"]
     code, summary, metrics = run("diverged", *flags)
-    end = summary["diverged_at"]
-    assert code == 0 and summary["status"] == "diverged" and end < 200
+    end = summary["steps"]
+    assert code == 0 and summary["status"] == "diverged" and summary["ended_early"] and end < 200
     assert int(metrics[-1]["step"]) == end and metrics[-1]["val_loss"]
+    assert "ended early" in Path("diverged/training.log").read_text()
     forget_the_end("diverged")      # it stays ended
-    assert run("diverged", *flags, "--resume")[1]["diverged_at"] == end
+    assert run("diverged", *flags, "--resume")[1]["steps"] == end
     assert rows("diverged") == metrics
 
 
@@ -246,7 +249,7 @@ def one_sgd_step(pieces, clip):
     model = Transformer(CONFIG, torch.float64).double()
     before = [p.detach().clone() for p in model.parameters()]
     optimizers = build_optimizer(model, "sgd", 1.0, weight_decay=0.0, momentum=0.0)
-    record = train.make_step(model.losses, optimizers, model, args)(x, y)
+    record = train.make_step(model, model, optimizers, args)(x, y)
     gradients = [a - p.detach() for a, p in zip(before, model.parameters())]
     return record, gradients, (model, before, x, y)
 
@@ -265,10 +268,10 @@ def test_clipping_is_that_of_torch(clip):
     with torch.no_grad():
         for p, value in zip(model.parameters(), before):
             p.copy_(value)
-    model.losses(x[0], y[0])[0].backward()
+    model(x[0], y[0])[1].backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
     assert 0.01 < norm < 100
-    torch.testing.assert_close(record[1], norm)
+    torch.testing.assert_close(record["grad_norm"], norm)
     for gradient, p in zip(gradients, model.parameters()):
         torch.testing.assert_close(gradient, p.grad)
 
@@ -279,12 +282,12 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(optimizer):
     model = Transformer(CONFIG)
     optimizers = build_optimizer(model, optimizer, 0.1)
 
-    def losses(x, y):
-        return model.losses(x, y)[0] * math.inf, None
+    def forward(x, y):
+        return None, model(x, y)[1] * math.inf, {}
     before = [p.detach().clone() for p in model.parameters()]
     x, y = torch.randint(50, (2, 1, 4, 16))
-    record = train.make_step(losses, optimizers, model, args)(x, y)
-    assert not record[:2].isfinite().all()
+    record = train.make_step(forward, model, optimizers, args)(x, y)
+    assert not record["train_loss"].isfinite() or not record["grad_norm"].isfinite()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
@@ -308,15 +311,15 @@ def test_compiled_steps_are_those_of_the_plain_one(n_experts):
         torch.manual_seed(0)
         model = Transformer(replace(CONFIG, n_experts=n_experts))
         optimizers = build_optimizer(model, "muon", 0.03)
-        losses = model.losses
+        forward = model
         if backend:
-            losses = torch.compile(losses, backend=backend)
+            forward = torch.compile(model, backend=backend)
             for optimizer in optimizers:
                 optimizer.compile(backend=backend)
-        step = train.make_step(losses, optimizers, model, args)
-        curves.append(torch.stack([step(x, y) for x, y in batches]))
+        step = train.make_step(forward, model, optimizers, args)
+        curves.append([step(x, y) for x, y in batches])
     torch.testing.assert_close(*curves, rtol=1e-3, atol=1e-4)
-    assert curves[0][-1, 0] < curves[0][0, 0] - 0.1
+    assert curves[0][-1]["train_loss"] < curves[0][0]["train_loss"] - 0.1
 
 
 def test_two_processes_give_the_loss_of_one():
@@ -346,12 +349,13 @@ def test_a_plain_run_does_not_import_the_compiler():  # it would take a second o
         Path("plain/summary.json").unlink()
 
 
-def test_a_closed_pipe_ends_the_run_quietly():
-    command = [*PROGRAM, *SMALL, "--max-steps", "2000", "--out", "pipe"]
+def test_losing_the_pipe_is_not_losing_the_run():
+    command = [*PROGRAM, *SMALL, "--max-steps", "60", "--out", "pipe"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert b"parameters" in process.stdout.readline()
     process.stdout.close()
-    assert process.wait(60) == 1 and process.stderr.read() == b""
+    assert process.wait(60) == 0 and process.stderr.read() == b""
+    assert read("pipe", "summary.json")["steps"] == 60
 
 
 def test_no_folder_is_left_when_there_is_no_data(capsys):
@@ -363,6 +367,11 @@ def test_existing_runs_are_not_overwritten(capsys):
     run("kept")
     [line] = refused(capsys, "--out", "kept")
     assert "already holds a run" in line
+    os.mkdir("theirs")
+    Path("theirs/thesis.tex").write_text("ten years of work")
+    for flags in [], ["--resume"]:
+        assert "other files" in refused(capsys, "--out", "theirs", *flags)[0]
+    assert os.listdir("theirs") == ["thesis.tex"]
     for status in "converged", "interrupted":
         Path("kept/summary.json").write_text(json.dumps(dict(status=status)))
         [line] = refused(capsys, "--out", "kept", "--lr", "0.5", "--resume")
@@ -391,13 +400,13 @@ def test_more_text_than_a_run_reads_changes_neither_its_compiling_nor_its_resumi
     """A sweep of several budgets names the largest to every run, and it may grow."""
     asked = []
 
-    def pick_compile(wanted, device, config, tokens):
-        asked.append(tokens)
+    def pick_compile(wanted, device, config, flops):
+        asked.append(flops)
     monkeypatch.setattr(train, "pick_compile", pick_compile)
     whole = run("budget", "--data-tokens", "30000000")[2]
-    assert asked == [20 * 8 * 16]
     forget_the_end("budget")
     assert run("budget", "--data-tokens", "60000000", "--resume")[2] == whole
+    assert asked[0] == asked[1] == 6 * read("budget", "config.json")["n_params"] * 20 * 8 * 16
 
 
 BAD = """
@@ -450,19 +459,23 @@ def test_the_dtype_is_one_that_the_hardware_has(monkeypatch):
 
 
 def test_what_is_compiled(monkeypatch, capsys):
-    config, tokens = ModelConfig(), 10**6
+    config = ModelConfig()
     mps = torch.device("mps")
-    assert train.pick_compile(None, CPU, config, tokens) is None                # a minute of work
-    assert train.pick_compile(None, CPU, config, 10**9) == "inductor"           # a day
-    assert train.pick_compile(True, mps, config, tokens) == "aot_eager"
-    assert train.pick_compile(None, mps, config, tokens) is None
+    monkeypatch.setattr(shutil, "which", lambda name: "here")
+    assert train.pick_compile(None, CPU, config, 1e12) is None              # a minute of work
+    assert train.pick_compile(None, CPU, config, 1e16) == "inductor"        # a day
+    assert train.pick_compile(True, mps, config, 1e12) == "aot_eager"
+    assert train.pick_compile(None, mps, config, 1e12) is None
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert train.pick_compile(True, CPU, config, 1e12) is None              # no compiler
+    assert "without" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "here")
-    assert train.pick_compile(None, CUDA, config, tokens) == "inductor"
-    assert train.pick_compile(False, CUDA, config, tokens) is None
+    assert train.pick_compile(None, CUDA, config, 1e12) == "inductor"
+    assert train.pick_compile(False, CUDA, config, 1e12) is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert train.pick_compile(None, CUDA, config, tokens) is None               # Windows has no Triton
-    assert "without torch.compile" in capsys.readouterr().err
+    assert train.pick_compile(None, CUDA, config, 1e12) is None             # Windows has no Triton
+    assert "without" in capsys.readouterr().err
 
 
 def test_the_device(monkeypatch):
@@ -498,3 +511,127 @@ def test_muons_first_guess_follows_the_width():
     assert small / large == pytest.approx(2 ** 0.5)
     assert guess("--optimizer", "muon", "--lr", "0.5") == 0.5
     assert guess("--preset", "moe") == 0.065
+
+
+def test_a_resumed_run_goes_on_with_new_columns_and_flags_and_says_what_was_edited(monkeypatch, capsys):
+    stop_at(8, monkeypatch, "older")
+    path = Path("older/checkpoints/last.pt")
+    saved = torch.load(path, weights_only=True)
+    del saved["config"]["args"]["rope_base"]        # as if the flag were new ...
+    saved["config"]["code"]["model.py"] = "other"   # ... and the model edited
+    torch.save(saved, path)
+    shutil.copy("older/config.json", "config.json")
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: dict(evaluate(*args), my_metric=1.5))
+    assert run("older", "--resume")[0] == 0
+    log = Path("older/training.log").read_text()
+    assert "edited since this run began: model.py" in log
+    assert "new since this run began: rope_base 10000.0" in log
+    [resume] = read("older", "config.json")["resumes"]
+    assert resume["edited"] == ["model.py"]
+    metrics = rows("older")
+    assert numbers(metrics, "my_metric") == [1.5, 1.5, 1.5]
+    assert all(len(row) == len(metrics[0]) and None not in row for row in metrics)
+    drawn = plot.read_run("older")
+    assert len(drawn["train"]["step"]) == 20
+
+
+def stop_at(step, monkeypatch, out, *flags):
+    """A run that is interrupted after that many steps."""
+    get_batch = data.get_batch
+
+    def interrupted(*args):
+        if args[1] == 8 and args[4] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return get_batch(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "get_batch", interrupted)
+        assert run(out, *flags)[0] == 130
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_a_damaged_one(monkeypatch, capsys):
+    stop_at(8, monkeypatch, "locked")
+    before = Path("locked/checkpoints/last.pt").read_bytes()
+
+    def read_bytes(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read_bytes)
+        assert "Permission denied" in refused(capsys, "--out", "locked", "--resume")[-1]
+    assert Path("locked/checkpoints/last.pt").read_bytes() == before
+    assert read("locked", "summary.json")["status"] == "interrupted"
+
+
+def test_a_damaged_checkpoint_beside_a_best_one_is_left_to_the_user(monkeypatch, capsys):
+    stop_at(8, monkeypatch, "half")
+    path = Path("half/checkpoints/last.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "best.pt" in refused(capsys, "--out", "half", "--resume")[-1]
+    assert len(path.read_bytes()) == 1000
+    Path("half/checkpoints/best.pt").unlink()
+    assert run("half", "--resume")[1]["steps"] == 20
+    assert Path("half/checkpoints/last.pt.damaged").exists()
+
+
+def test_another_grad_accum_may_resume_and_another_vocabulary_is_refused_at_once(monkeypatch, capsys):
+    stop_at(8, monkeypatch, "pieces")
+    folders = set(os.listdir("data"))
+    assert "--vocab-size" in refused(capsys, "--out", "pieces", "--resume", "--vocab-size", "290")[-1]
+    assert set(os.listdir("data")) == folders       # no corpus was prepared for it
+    assert run("pieces", "--resume", "--grad-accum", "2")[1]["steps"] == 20
+
+
+def test_two_runs_without_names_do_not_share_a_folder(monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda text: text.replace("%m%d-%H%M%S", "now"))
+    flags = [flag for flag in SMALL] + ["--max-steps", "1"]
+    train.main(flags)
+    monkeypatch.setattr(os, "getpid", lambda: 12345)
+    train.main([*flags, "--weight-decay", "0"])
+    assert len(os.listdir("runs/single")) == 2
+
+
+NOHUP = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); import train; sys.exit(train.main())"
+
+
+def test_signals_save_once_and_what_the_starter_ignores_stays_ignored():
+    flags = [*SMALL, "--max-steps", "3000", "--eval-interval", "3000", "--out", "job"]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    process = subprocess.Popen([sys.executable, "-c", NOHUP, *flags], stdout=subprocess.PIPE, env=environment)
+    metrics = Path("job/metrics.csv")
+    while not metrics.exists() or len(metrics.read_text().splitlines()) <= 5:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)      # the terminal goes: it was started with nohup
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)     # a scheduler, to all processes ...
+    process.send_signal(signal.SIGINT)      # ... and once more by way of the sweep
+    assert process.wait(60) == 128 + signal.SIGUSR1
+    assert read("job", "summary.json")["status"] == "interrupted" and Path("job/checkpoints/last.pt").exists()
+
+
+@pytest.mark.parametrize("message", ["[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
+                                     "MPS backend out of memory (MPS allocated: 9 GB)"])
+def test_out_of_memory_is_one_line(message, monkeypatch, capsys):
+    def build(*args):
+        raise RuntimeError(message)
+    monkeypatch.setattr(train, "build", build)
+    [line] = refused(capsys, "--out", "large")
+    assert "lower --batch-size" in line
+
+
+def test_the_settings_are_printed_for_the_sweep(capsys):
+    assert train.main([*SMALL, "--lr", "0.01", "--dry-run"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["args"]["lr"] == 0.01 and found["tokens"] == 20 * 8 * 16 and found["steps"] == 20
+    assert train.main([*SMALL, "--lr", "0.01", "--prepare"]) == 0
+    prepared = json.loads(capsys.readouterr().out)
+    assert run("as-printed", "--lr", "0.01")[0] == 0
+    config = read("as-printed", "config.json")
+    assert prepared["data"] == config["data"] and prepared["code"] == config["code"]
+    assert {key for key in config["args"] if config["args"][key] != found["args"][key]} == {"out", "dry_run"}
+
+
+def test_several_processes_do_not_share_a_mac(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "several processes" in refused(capsys, "--device", "mps")[-1]
