@@ -4,15 +4,13 @@
     for each layer:   x = x + attention(rmsnorm(x));   x = x + feed_forward(rmsnorm(x))
     logits = rmsnorm(x) @ head.T
 
-It is the modern plain decoder: pre-norm RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021),
-no biases, and as feed-forward either SwiGLU (Shazeer 2020), or n_experts small networks of which a router
-picks top_k for each token (Shazeer et al. 2017), with the balance loss of Fedus et al. 2021.
+It is the modern plain decoder: RMSNorm before each part (Zhang & Sennrich 2019), rotary positions (Su et al.
+2021), no biases, and as feed-forward either SwiGLU (Shazeer 2020), or n_experts small networks of which a
+router picks top_k for each token (Shazeer et al. 2017), with the balance loss of Fedus et al. 2021.
 
-- Weights are float32 and are cast to `model.dtype` (bfloat16 where the hardware has it) when they are used.
-- Weights that are several matrices side by side, like Q, K and V or the experts, are one stacked tensor
-  (n, rows, cols): one product computes them all, and Muon (optim.py) still sees each matrix by itself.
-- The experts' work is sorted, not masked: tokens are put in order of their expert, and each multiplies one
-  contiguous slice. No token is dropped and none waits in a mask.
+Weights are float32 and are cast to `model.dtype` when they are used. Matrices side by side, like Q, K and V
+or the experts, are one stacked tensor (n, rows, cols). The experts' tokens are sorted, not masked: each
+expert multiplies one contiguous slice, and no token is dropped.
 
     python model.py    # each preset's parameters, those that a token uses, and which optimizer owns them
 """
@@ -25,8 +23,7 @@ import torch.nn.functional as F
 
 # Sizes --------------------------------------------------------------------------------------------
 
-def flag(default, text):
-    """A field of ModelConfig, with the help of its flag. A plain `init_std: float = 0.02` is a flag, too."""
+def flag(default, text):    # a field of ModelConfig is a flag of train.py; a plain `x: float = 0.02` is, too
     return field(default=default, metadata={"help": text})
 
 @dataclass
@@ -50,8 +47,7 @@ class ModelConfig:
         if self.n_experts and not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k {self.top_k} must be from 1 to {self.n_experts} experts; change --top-k")
 
-# A preset changes the defaults of the fields above and of train.py's flags. Its lr is the best that was found
-# for its own optimizer and d_model (results/README.md).
+# A preset: defaults of the fields above and of train.py's flags; lr is the best found (results/README.md).
 DENSE = dict(vocab_size=10_000, context_length=256, n_layers=4, n_heads=16, d_model=512, d_ff=1344,
              data="tinystories", batch_size=128, max_steps=10_000, eval_tokens=131_072, lr=3e-3)
 PRESETS = {
@@ -71,7 +67,7 @@ def linear(x, weight):
     return F.linear(x, weight.flatten(0, -2).to(x.dtype))
 
 def rmsnorm(x, gain):
-    return F.rms_norm(x, (x.size(-1),), gain.to(x.dtype), eps=1e-6)
+    return F.rms_norm(x, gain.shape, gain.to(x.dtype), eps=1e-6)
 
 def rope_angles(context_length, d_head, base):
     """cos and sin (2, context_length, d_head) of the angle position * base^(-2i / d_head) of pair i."""
@@ -82,9 +78,9 @@ def rope_angles(context_length, d_head, base):
 
 def rope(x, angles):
     """Turn pair (i, i + d_head/2) of x (B, T, n_heads, d_head) by its position: q.k depends on distance."""
-    T, d_head = x.size(1), x.size(-1)
-    cos, sin = angles[:, :T, None].to(x.dtype)                              # (T, 1, d_head)
-    return x * cos + x.roll(d_head // 2, dims=-1) * sin
+    cos, sin = angles[:, :x.size(1), None].to(x.dtype)                      # (T, 1, d_head)
+    partners = x.roll(x.size(-1) // 2, dims=-1)
+    return x * cos + partners * sin
 
 def grouped_linear(x, weight, counts):
     """x (rows, d_in): the first counts[0] rows times weight[0] (d_out, d_in), the next times weight[1] ..."""
@@ -123,7 +119,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):
         gate, up = linear(x, self.gate_up).chunk(2, dim=-1)                 # (B, T, d_ff)
-        return linear(F.silu(gate) * up, self.down), {}                     # no router
+        hidden = F.silu(gate) * up
+        return linear(hidden, self.down), {}                                # {}: there is no router
 
 class MoE(nn.Module):
     def __init__(self, config):
@@ -149,8 +146,7 @@ class MoE(nn.Module):
 
         # Compute: assignments sorted by expert, each expert's slice, added up by token.
         order = experts.to(torch.int16).argsort(stable=True)                # 2 bytes: a GPU sorts one a pass
-        chosen = experts[:, None] == torch.arange(n_experts, device=x.device)
-        counts = chosen.sum(0)                                              # (n_experts,)
+        counts = F.one_hot(experts, n_experts).sum(0)                       # (n_experts,)
         token = (order // k)[:, None].expand(-1, x.size(-1))                # (N k, d), whose assignment it is
         rows = tokens.gather(0, token)                                      # (N k, d)
         hidden = F.silu(grouped_linear(rows, self.up, counts))              # (N k, d_ff)
@@ -201,49 +197,54 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def forward(self, idx, targets=None):
-        """idx, targets (B, T) -> logits (B, T, vocab_size), mean cross-entropy in nats a token (or None), and
-        by name what the routers did, stacked over the layers ({} for a dense model)."""
+        """idx, targets (B, T) -> logits (B, T, vocab_size), nats a token or None, {router: (n_layers, ..)}"""
         x = F.embedding(idx, self.embed).to(self.dtype)                     # (B, T, d_model)
         routers = []
         for block in self.blocks:
             x, router = block(x, self.angles)
             routers.append(router)
-        logits = linear(rmsnorm(x, self.norm), self.head)                   # (B, T, vocab_size)
+        x = rmsnorm(x, self.norm)
+        logits = linear(x, self.head)                                       # (B, T, vocab_size)
         loss = None
         if targets is not None:
             exact = logits.flatten(0, 1).to(self.head.dtype)                # (B T, vocab_size), float32
             loss = F.cross_entropy(exact, targets.flatten())
-        return logits, loss, {name: torch.stack([r[name] for r in routers]) for name in routers[0]}
+        router = {}
+        for name in routers[0]:
+            router[name] = torch.stack([layer[name] for layer in routers])
+        return logits, loss, router
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) -> (B, T + max_new_tokens), each new token one of the likeliest top_k (None: of all)."""
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50):
+        """idx (B, T) -> (B, T + max_new_tokens); each new token is one of the top_k likeliest."""
         for _ in range(max_new_tokens):
             logits, _, _ = self(idx[:, -self.config.context_length:])
-            logits = logits[:, -1].float().cpu()                # (B, vocab_size); MPS draws wrongly
-            if top_k:
-                lowest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                logits[logits < lowest] = -math.inf
-            token = torch.multinomial((logits / temperature).softmax(-1), 1)
-            idx = torch.cat((idx, token.to(idx.device)), dim=1)
+            logits = logits[:, -1].float().cpu()                            # (B, vocab_size)
+            values, choices = logits.topk(top_k)                            # (B, top_k)
+            chances = (values / temperature).softmax(-1)
+            drawn = torch.multinomial(chances, 1)   # on the CPU: MPS draws impossible ones (pytorch#192577)
+            token = choices.gather(1, drawn).to(idx.device)
+            idx = torch.cat((idx, token), dim=1)
         return idx
 
-# Counting -----------------------------------------------------------------------------------------
+def count(parameters):
+    return sum(p.numel() for p in parameters)
 
 def count_parameters(model):
     """total, used per token (top_k of n_experts experts), what Muon and AdamW get with --optimizer muon."""
-    total = sum(p.numel() for p in model.parameters())
-    muon = sum(p.numel() for p in model.blocks.parameters() if p.ndim >= 2)
+    total = count(model.parameters())
+    muon = count(p for p in model.blocks.parameters() if p.ndim >= 2)
     idle = 0
     for layer in model.modules():
         if isinstance(layer, MoE):
-            for experts in (layer.up, layer.down):      # (n_experts, rows, cols)
-                idle += (len(experts) - layer.top_k) * experts[0].numel()
+            n_experts = len(layer.up)
+            idle += count([layer.up, layer.down]) * (n_experts - layer.top_k) // n_experts
     return {"total": total, "used per token": total - idle, "Muon": muon, "AdamW": total - muon}
 
 if __name__ == "__main__":
     for name, preset in PRESETS.items():
         sizes = {f.name: preset.get(f.name, f.default) for f in fields(ModelConfig)}
-        with torch.device("meta"):                      # shapes without numbers
-            model = Transformer(ModelConfig(**sizes))
-        print(f"{name:<10}", *[f"{n:>12,} {kind}" for kind, n in count_parameters(model).items()])
+        config = ModelConfig(**sizes)
+        with torch.device("meta"):                                          # shapes without numbers
+            counts = count_parameters(Transformer(config))
+        print(f"{name:<10}", *[f"{n:>12,} {kind}" for kind, n in counts.items()])

@@ -6,12 +6,10 @@ size, so that lr is roughly the distance that each single weight moves a step (^
     m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      w = w - lr (m^ / (sqrt(v^) + eps) + decay w)
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the averaged gradient U S V' of
-a matrix by U V', every singular value 1: the few directions that dominate a gradient no longer drown the
-others, and lr is the distance that the matrix moves in every direction. It is for matrices between hidden
-states only; embeddings, the head and norms stay with AdamW.
+a matrix between hidden states by U V', every singular value 1: the few directions that dominate a gradient no
+longer drown the others, and lr is the distance that the matrix moves in every direction.
 
-Each method is a pure function on lists of tensors; one class keeps their state. lr, step and scale are 0-dim
-tensors on the weights' device, so that a compiled step or a CUDA graph sees them change.
+Each method is a pure function. lr, step and scale are 0-dim tensors, so that a CUDA graph sees them change.
 
     python optim.py        # singular values of a random G / |G|, and after each step of Newton-Schulz
 """
@@ -41,16 +39,13 @@ def sgd_update(params, grads, velocities, lr, momentum, weight_decay):
         p.mul_(1 - lr * weight_decay).sub_(lr * u)
 
 def newton_schulz(G, steps=5):
-    """Approximate U V' of each matrix of G = U S V' (..., rows, cols), in G's dtype (float16 overflows).
-
-    From X = G / |G|, X <- (a I + b X X' + c (X X')^2) X applies p(s) = a s + b s^3 + c s^5 to every singular
-    value. These coefficients (Jordan et al.) rise fastest at 0, at the price of not settling: five steps
-    bring [0.01, 1] into about [0.7, 1.2], which trains as well as exactly 1. A zero matrix stays zero.
-    """
+    """Nearly U V' of each matrix of G = U S V' (..., rows, cols), in G's dtype (float16 overflows). Each step
+    applies p(s) = a s + b s^3 + c s^5 to the singular values of G / |G|. These coefficients (Jordan et al.)
+    take five steps from [0.01, 1] to about [0.7, 1.2], which trains as well as exactly 1."""
     if G.size(-2) > G.size(-1):
         return newton_schulz(G.mT, steps).mT        # X X' is then the smaller square
     a, b, c = 3.4445, -4.7750, 2.0315
-    I = torch.eye(G.size(-2), dtype=G.dtype, device=G.device)
+    I = G.new_ones(G.size(-2)).diag()
     X = G / (torch.linalg.matrix_norm(G, keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
@@ -64,16 +59,12 @@ def muon_update(params, grads, momenta, lr, momentum, weight_decay, dtype):
         m.lerp_(g, 1 - momentum)
         ahead = g.lerp(m, momentum)
         shape = (-1, *p.shape[-2:])                                     # (n, rows, cols)
-        by_shape.setdefault(shape, []).append((p.view(shape), ahead.view(shape)))
+        by_shape.setdefault(shape, []).append((p.view(shape), ahead.reshape(shape)))
     for (_, rows, cols), group in by_shape.items():
-        # One stack and one call: on a GPU 30 times faster than one matrix at a time.
         weights, aheads = zip(*group)
-        stack = newton_schulz(torch.cat(aheads).to(dtype))              # (n, rows, cols)
-        # Entries are about 1/sqrt(max(rows, cols)): a tall matrix gets back the factor that makes its outputs
-        # change as much as a square one's (Jordan et al.).
-        stretch = max(1, rows / cols) ** 0.5
-        sizes = [len(W) for W in weights]
-        for W, update in zip(weights, stack.split(sizes)):
+        stack = newton_schulz(torch.cat(aheads).to(dtype))      # on a GPU 30 times faster than one at a time
+        stretch = max(1, rows / cols) ** 0.5        # a tall matrix's outputs move as much as a square one's
+        for W, update in zip(weights, stack.split([len(W) for W in weights])):
             W.mul_(1 - lr * weight_decay).sub_(lr * stretch * update.to(W.dtype))
 
 def scaled_update(update, params, grads, scale, lr, **others):
@@ -92,9 +83,7 @@ class Optimizer:
         self.peak_lr = lr
         self.lr = torch.tensor(lr, device=params[0].device)
         self.call = scaled_update
-        self.state = {}
-        for name in kept:
-            self.state[name] = [torch.zeros_like(p) for p in params]
+        self.state = {name: [torch.zeros_like(p) for p in params] for name in kept}
         if "step" in kept:
             self.state["step"] = torch.zeros_like(self.lr)      # one number for all
 
@@ -103,7 +92,6 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, scale=1.0):
-        """One update; scale, a float or 0-dim tensor, multiplies the gradients."""
         scale = torch.as_tensor(scale, device=self.lr.device)
         grads = [p.grad for p in self.params]
         self.call(self.update, self.params, grads, scale, self.lr, **self.state, **self.settings)
@@ -118,8 +106,8 @@ class Optimizer:
     def load_state_dict(self, state):
         self.state = state
 
-    def compile(self, **settings):
-        self.call = torch.compile(scaled_update, dynamic=False, **settings)
+    def compile(self):
+        self.call = torch.compile(scaled_update, dynamic=False)
 
 AdamW = partial(Optimizer, adamw_update, ("ms", "vs", "step"), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 Muon = partial(Optimizer, muon_update, ("momenta",), momentum=0.95, weight_decay=0.0, dtype=torch.float32)
@@ -127,23 +115,16 @@ SGD = partial(Optimizer, sgd_update, ("velocities",), momentum=0.0, weight_decay
 OPTIMIZERS = {"adamw": AdamW, "muon": Muon, "sgd": SGD}     # the choices of --optimizer
 
 def build_optimizer(model, name, lr, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95, adamw_lr_ratio=0.1):
-    """The optimizers of a Transformer, a list; each parameter goes to one of them.
-
-    "muon": Muon for the matrices inside the blocks, AdamW for the rest at adamw_lr_ratio x lr. Only these
-    matrices and the head decay: an embedding would shrink in all the steps that do not contain its word.
-    """
+    """A list of Optimizers, one a parameter. "muon": Muon for the matrices inside the blocks, AdamW for the
+    rest at adamw_lr_ratio x lr. Only those and the head decay: the embeddings of rare words would shrink."""
     groups = {}
     for key, p in model.named_parameters():
-        make = OPTIMIZERS[name]
-        peak_lr = lr
-        decay = 0.0
-        inside = key.startswith("blocks.") and p.ndim >= 2
-        if inside or key == "head":
-            decay = weight_decay
-        if make is Muon and not inside:
-            make = AdamW
-            peak_lr = lr * adamw_lr_ratio
-        groups.setdefault((make, peak_lr, decay), []).append(p)
+        matrix = key.startswith("blocks.") and p.ndim >= 2
+        decay = weight_decay if matrix or key == "head" else 0.0
+        owner = OPTIMIZERS[name], lr
+        if name == "muon" and not matrix:
+            owner = AdamW, lr * adamw_lr_ratio
+        groups.setdefault((*owner, decay), []).append(p)
     optimizers = []
     for (make, peak_lr, decay), params in groups.items():
         settings = dict(betas=betas, momentum=momentum, weight_decay=decay, dtype=model.dtype)
@@ -155,28 +136,17 @@ def build_optimizer(model, name, lr, weight_decay=0.1, betas=(0.9, 0.95), moment
 # multiplies the distance from the bottom by 1 - lr h a step; above h = 2 / lr it swings ever wider.
 
 def stability_threshold(name, lr, momentum, beta1):
-    """The sharpness above which a quadratic diverges (Cohen et al. 2021, 2022); None: there is none known.
-    Decay hardly changes it; clipping by a factor s raises sgd's to 1 / s of it, and leaves adamw's."""
+    """The sharpness above which a quadratic diverges (Cohen et al. 2021, 2022); None if none is known."""
     if name == "sgd" and lr > 0:
         return 2 * (1 + momentum) / lr
     if name == "adamw" and lr > 0:
         return 2 * (1 + beta1) / ((1 - beta1) * lr)
     return None
 
-def adamw_preconditioner(g, v, step, betas, eps, **_):
-    """P of AdamW's next update w - lr P^-1 m, with gradient g; v is the averaged square before it."""
-    beta1, beta2 = betas
-    v = v.lerp(g * g, 1 - beta2)
-    root = (v / (1 - beta2 ** (step + 1))).sqrt()
-    return (1 - beta1 ** (step + 1)) * (root + eps)
-
 def top_eigenvalue(product, start, tolerance=0.003, max_products=40):
     """Largest eigenvalue of a symmetric matrix H known by product(v) = H v, by Lanczos iteration.
-
     start (n,) -> eigenvalue h, unit eigenvector v (n,), |H v - h v| / |h|; nan, zeros, nan where H v is not
-    finite. k products span a space in which H is k x k, and its top eigenpair is the estimate. The error of h
-    is about the tolerance squared over the relative gap to the next eigenvalue.
-    """
+    finite. k products span a space in which H is k x k; its top eigenpair is the estimate."""
     basis = start.new_empty(max_products, len(start))
     small = torch.zeros(max_products, max_products, dtype=torch.float64)    # on the CPU: MPS has no float64
     rest = start
@@ -187,17 +157,17 @@ def top_eigenvalue(product, start, tolerance=0.003, max_products=40):
         overlap = known @ Hq
         rest = Hq - overlap @ known
         rest -= (known @ rest) @ known          # again: rounding leaves some of what was taken out
-        size = rest.norm().item()
-        if not math.isfinite(size):
+        size = rest.norm().cpu()
+        if not size.isfinite():
             return math.nan, torch.zeros_like(start), math.nan
         small[k, :k + 1] = overlap.cpu()        # the lower triangle
         values, vectors = torch.linalg.eigh(small[:k + 1, :k + 1])
-        h = values[-1].item()
-        reached = size * abs(vectors[k, -1].item()) / max(abs(h), 1e-30)
+        h = values[-1]
+        reached = (size * vectors[k, -1] / h).abs()
         if reached <= tolerance:
             break
-    v = vectors[:, -1].to(start.dtype).to(start.device) @ known
-    return h, v / v.norm(), reached
+    v = vectors[:, -1].float().to(start.device) @ known
+    return h.item(), v / v.norm(), reached.item()
 
 def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
@@ -211,16 +181,19 @@ def measure_sharpness(model, optimizers, x, y, *, name, lr, momentum, beta1, gra
     torch.set_float32_matmul_precision("highest")       # no TF32
     model.eval()                                        # no dropout
     with attention.sdpa_kernel(attention.SDPBackend.MATH):      # the others have no second derivatives
-        _, loss, _ = model(x, y)
-        slope = flat(torch.autograd.grad(loss, params, create_graph=True))
-    gradient = slope.detach()                           # (n_params,)
-
-    scales = {"sharpness": torch.ones_like(gradient)}
-    if name == "adamw":
+        grads = torch.autograd.grad(model(x, y)[1], params, create_graph=True)
+    slope = flat(grads)                                 # (n_params,)
+    gradient = slope.detach()
+    scales = {"sharpness": 1.0}
+    if name == "adamw":     # P of the next update w - lr P^-1 m
         clip = ((grad_clip or math.inf) / gradient.norm()).clamp(max=1)
-        vs = [v for optimizer in optimizers for v in optimizer.state["vs"]]
-        first = optimizers[0]
-        P = adamw_preconditioner(clip * gradient, flat(vs), first.state["step"], **first.settings)
+        step = optimizers[0].state["step"] + 1
+        settings = optimizers[0].settings
+        beta2 = settings["betas"][1]
+        v = flat(v for optimizer in optimizers for v in optimizer.state["vs"])
+        v = v.lerp((clip * gradient) ** 2, 1 - beta2)
+        root = (v / (1 - beta2 ** step)).sqrt()
+        P = (1 - beta1 ** step) * (root + settings["eps"])
         scales["preconditioned_sharpness"] = P ** -0.5
     cells = {"stability_threshold": stability_threshold(name, lr, momentum, beta1)}
     for column, scale in scales.items():
@@ -237,6 +210,6 @@ def measure_sharpness(model, optimizers, x, y, *, name, lr, momentum, beta1, gra
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    G = torch.randn(64, 16) * torch.logspace(0, -2, 16)
+    G = torch.randn(64, 6) * torch.logspace(0, -2, 6)
     for steps in range(6):
-        print(f"{steps} steps: singular values", torch.linalg.svdvals(newton_schulz(G, steps))[::3])
+        print(steps, "steps: singular values", torch.linalg.svdvals(newton_schulz(G, steps)))
