@@ -1,24 +1,25 @@
 """
 Text in, batches of token ids out.
 
-A corpus is a list of documents. Those with the lowest content hashes, 5% of the bytes, are for validation,
-byte pair encoding (BPE) is trained on the others, and both become flat files of 16-bit token ids, with
-<|endoftext|> after each document. Training reads windows at places that (seed, step) alone determine.
+A corpus is a list of documents. Those with the lowest hashes, 5% of the bytes, are for validation; byte pair
+encoding (BPE) is trained on the others; both become flat files of 16-bit token ids, with <|endoftext|> after
+each document. Training reads windows at places that (seed, step) alone determine.
 
-BPE (Sennrich et al. 2016; on bytes: Radford et al. 2019) starts from the 256 bytes and again and again makes
-the most frequent pair of neighbours a new token. Two ideas make it fast in plain Python. Merges never cross a
-piece (a word with its leading space, a number, a run of punctuation), so equal pieces are counted and merged
-once. And a piece is a str whose characters are token ids: merging is str.replace, writing is str.encode.
+BPE (Sennrich et al. 2016; on bytes: Radford et al. 2019) starts from the 256 bytes, and again and again makes
+the most frequent pair of neighbours a new token. Merges never cross a piece: a word with its leading space, a
+number, a run of punctuation. So equal pieces are counted and merged once: plain Python is fast enough.
 
     python data.py stdlib                      # the running Python's own library: no network
-    python data.py my.txt --vocab-size 1000    # or a folder; each file is a document
+    python data.py my.txt --vocab-size 1000    # or a .jsonl with a "text" in each line, or a folder of files
     python data.py tinystories --tokens 4e7    # from the Hugging Face hub, as much as 40 M tokens need
 
-prepares a corpus under data/ and shows what a model will see. tokenizer.json has the format of Hugging Face's
-`tokenizers`, with the same ids but for letters newer than this Python's Unicode (13 in 3.10, 15.1 in 3.13).
+prepares a corpus under data/ and shows what a model will see. tokenizer.json is one for the `tokenizers` library
+too, with the same ids, but for pieces of over 1,000 characters and letters newer than this Python's Unicode.
+HF_ENDPOINT in the environment is a mirror of the hub, HF_ROWS_ENDPOINT one of its server of rows (cosmopedia).
 """
 
 import argparse
+import codecs
 import hashlib
 import json
 import os
@@ -31,11 +32,10 @@ from collections import Counter, defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from http.client import HTTPException
 from itertools import chain
 from multiprocessing import parent_process
-from operator import add
 from pathlib import Path
 from threading import Thread
 from urllib.error import URLError
@@ -45,11 +45,22 @@ import numpy as np
 from tqdm import tqdm
 
 EOT = "<|endoftext|>"
+QUIET = None if sys.stderr else True  # for tqdm's disable; None: a bar only on a terminal
 
 class DataError(ValueError):
     """Bad input, in one line: what is wrong, with which value, and what to do."""
-    def __init__(self, message):
-        super().__init__(re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", message))
+
+def say(line, file=None):
+    """Print a line, whatever the console: what it cannot show is escaped, and one that is gone gets nothing."""
+    file = file or sys.stdout
+    try:
+        encoding = file.encoding or "utf-8"
+        print(str(line).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    except Exception:
+        with suppress(Exception):  # what is left in its buffer goes nowhere, or Python ends with status 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+say_once = lru_cache(say)
 
 # Tokenizer: text to ids and back ------------------------------------------------------------------
 
@@ -58,49 +69,70 @@ spare = map(chr, range(256, 512))
 BYTE_TO_CHAR = {b: chr(b) if b > 32 and chr(b).isprintable() else next(spare) for b in range(256)}
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
-# GPT-2 cuts text by 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ into pieces.
-# Python's re has no \p, but its \w is just L, N and "_", and its \d is Nd: NUM stands for the rest of N. Its
-# \s has U+001C to U+001F, which are no spaces. No word has 1,000 letters, and to merge a million takes hours.
-GPT2_PATTERN = (r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_NUM]+| ?[\dNUM]+| ?(?:[^\w\s]|[_\x1c-\x1f])+"
-                r"|[^\S\x1c-\x1f]+(?![\S\x1c-\x1f])|[^\S\x1c-\x1f]+").replace("+", "{1,1000}")
-COSMO2_PATTERN = r"[\dNUM]|[^\S\x1c-\x1f]{1,1000}(?=[\dNUM])|" + GPT2_PATTERN  # each digit for itself
-
-# How tokenizer.json says which of the two it is, and the other keys that may have a value in it.
+# How a tokenizer.json says what a piece is: GPT-2's, in older files, and with each digit for itself.
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+OLD = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 COSMO2 = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2]}
-PLAIN_KEYS = {"type", "unk_token", "vocab", "merges", "id", "content", "special", "normalized"}
 
-def pieces(text, pattern=GPT2_PATTERN):
-    """The pieces of a text, a list of str."""
-    characters = set() if text.isascii() else set(text)  # ASCII has no such numbers
-    numbers = sorted(c for c in characters if unicodedata.category(c) in ("No", "Nl"))
-    return re.findall(pattern.replace("NUM", "".join(numbers)), text)
+def pieces(text, single_digits=False):
+    r"""A list of str: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ of GPT-2.
+    Python has no \p: its \w is L, N and "_", its \d a part of N; its \s has U+001C to U+001F, which are no
+    spaces. A piece ends at 1,000 characters: merging a million would take hours."""
+    rare = set("" if text.isascii() else text)
+    numbers = "".join(sorted(c for c in rare if unicodedata.category(c) in ("No", "Nl")))
+    digit = rf"[\d{numbers}]"
+    spaces = r"[^\S\x1c-\x1f]{1,1000}"
+    pattern = rf"'(?:[stmd]|re|ve|ll)| ?[^\W\d_{numbers}]{{1,1000}}| ?{digit}{{1,1000}}"
+    pattern += rf"| ?(?:[^\w\s]|[_\x1c-\x1f]){{1,1000}}|{spaces}(?![\S\x1c-\x1f])|{spaces}"
+    if single_digits:
+        pattern = rf"{digit}|{spaces}(?={digit})|{pattern}"
+    return re.findall(pattern, text)
+
+def places(pair, ids):
+    """Where a pair of neighbours stands in a list, from the left. It may be merged there on the way."""
+    i = -1
+    with suppress(ValueError, IndexError):  # its first is nowhere else, or it is the last
+        while True:
+            i = ids.index(pair[0], i + 1)
+            if ids[i + 1] == pair[1]:
+                yield i
 
 class Tokenizer:
-    """Byte-level BPE from the content of a tokenizer.json; DataError if it may give other ids here than in
-    the `tokenizers` library. Inside, the token i is the character chr(i). vocab_size: 1 + the largest id."""
+    """Byte-level BPE from the content of a tokenizer.json. vocab_size: 1 + the largest id. DataError, which
+    names the part, where the `tokenizers` library could give other ids."""
     def __init__(self, spec):
-        model, added = spec["model"], spec["added_tokens"]
+        model, added = spec["model"], spec.get("added_tokens") or []
         self.spec = spec
         self.special = {token["content"]: token["id"] for token in added}
-        vocab = model["vocab"] | self.special
+        vocab = dict(model["vocab"]) | self.special
         self.vocab_size = max(vocab.values()) + 1
-        self.eot = vocab[EOT]
-        odd = {key for part in [model, *added] for key in part if part[key]} - PLAIN_KEYS
-        known = model["type"] == "BPE" and spec["pre_tokenizer"] in (GPT2, COSMO2)
-        if odd or not known or spec.get("normalizer") or self.vocab_size > 65536:
-            raise DataError("only BPE in the form of GPT-2's or cosmo2's, with 16-bit ids, is supported")
-        self.pattern = GPT2_PATTERN if spec["pre_tokenizer"] == GPT2 else COSMO2_PATTERN
+        added_flags = [token.get(flag) for token in added for flag in ("single_word", "lstrip", "rstrip")]
+        refused = {
+            "pre_tokenizer": spec.get("pre_tokenizer") not in (GPT2, OLD, COSMO2),
+            "normalizer": spec.get("normalizer"),
+            "added_tokens": EOT not in self.special or "" in self.special or any(added_flags),
+            "model.type": model.get("type", "BPE") != "BPE",  # older files have none
+            "model.vocab": min(vocab.values()) < 0 or self.vocab_size > 65536}
+        for key in model.keys() - {"type", "vocab", "merges", "unk_token"}:
+            refused[f"model.{key}"] = model[key]
+        if any(refused.values()):
+            raise DataError("not known how to read its " + ", ".join(filter(refused.get, refused)))
+        self.eot = self.special[EOT]
+        self.single_digits = spec["pre_tokenizer"] == COSMO2
+        unknown = vocab.get(model.get("unk_token"))  # None: a byte that is no token is left out
+        self.byte_ids = [vocab.get(char, unknown) for char in BYTE_TO_CHAR.values()]
         self.bytes = [b""] * self.vocab_size  # of each id
         for token, i in vocab.items():
-            self.bytes[i] = bytes(map(CHAR_TO_BYTE.get, token))
-        symbol = {token: chr(i) for token, i in vocab.items()}
-        unknown = symbol.get(model.get("unk_token"))  # None: a byte that is no token is left out
-        self.byte_symbols = {byte: symbol.get(char, unknown) for byte, char in BYTE_TO_CHAR.items()}
-        self.merges = {}  # {two symbols: (rank, the one that takes their place)}
-        for pair in model["merges"]:
-            a, b = pair.split(" ") if isinstance(pair, str) else pair
-            self.merges[symbol[a] + symbol[b]] = len(self.merges), symbol[a + b]
+            special = token in self.special
+            self.bytes[i] = token.encode() if special else bytes(map(CHAR_TO_BYTE.get, token))
+        self.merges = {}  # {pair of ids: (rank, the id that takes its place)}
+        used = set()
+        for merge in model["merges"]:
+            first, second = merge.split(" ") if isinstance(merge, str) else merge
+            if first + second in used:
+                raise DataError(f"its model.merges use {first + second!r} before they make it")
+            used |= {first, second}
+            self.merges[vocab[first], vocab[second]] = len(self.merges), vocab[first + second]
         longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
         self.split = re.compile(f"({'|'.join(longest_first)})").split
         self.merged = lru_cache(1 << 18)(self.merge)  # bounded: a huge corpus has no end of rare pieces
@@ -114,123 +146,121 @@ class Tokenizer:
 
     def merge(self, piece):
         """One piece: its bytes, in which the pair that was learnt first is merged until none is left."""
-        word = piece.encode().decode("latin-1").translate(self.byte_symbols)
-        while known := self.merges.keys() & map(add, word, word[1:]):
-            first = min(known, key=self.merges.get)
-            word = word.replace(first, self.merges[first][1])
-        return word
-
-    def encode_str(self, text):
-        """The ids of a text as the characters of a str."""
-        out = []
-        for part in self.split(text):
-            if part in self.special:
-                out.append(chr(self.special[part]))
-            else:
-                out.extend(map(self.merged, pieces(part, self.pattern)))
-        return "".join(out)
+        ids = [self.byte_ids[byte] for byte in piece.encode() if self.byte_ids[byte] is not None]
+        while known := self.merges.keys() & zip(ids, ids[1:]):
+            pair = min(known, key=self.merges.get)
+            for i in places(pair, ids):
+                ids[i:i + 2] = [self.merges[pair][1]]
+        return ids
 
     def encode(self, text):
-        return list(map(ord, self.encode_str(text)))
+        ids = []
+        for part in self.split(text):
+            if part in self.special:
+                ids.append(self.special[part])
+            else:
+                ids.extend(chain.from_iterable(map(self.merged, pieces(part, self.single_digits))))
+        return ids
 
     def decode(self, ids):
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", errors="replace")
 
 def train_bpe(piece_counts, vocab_size):
     """Learn merges from {piece: how often}, until there are vocab_size tokens or no pair occurs twice. The
-    most frequent pair goes first; of equals the one with the lower ids, as in the `tokenizers` library. An
-    index tells which words may hold a pair, so that a merge costs no more than what it changes."""
+    most frequent pair goes first; of equals the one with the lower ids, as in the `tokenizers` library."""
     tokens = [EOT, *sorted(CHAR_TO_BYTE)]
-    symbols = {byte: chr(tokens.index(char)) for byte, char in BYTE_TO_CHAR.items()}
+    byte_ids = [tokens.index(char) for char in BYTE_TO_CHAR.values()]
+    words = [[-1, *map(byte_ids.__getitem__, piece.encode()), -1] for piece in piece_counts]  # -1: its ends
     frequency = list(piece_counts.values())
-    words = [""] * len(frequency)
     counts = Counter()  # of each pair
-    places = defaultdict(list)  # the words that hold it, or did
-    changed = set()  # pairs whose counts are not in the queue
-
-    def rewrite(i, word, new=None):  # new: the merged symbol; None on first reading
-        n = frequency[i]
-        for pair in map(add, words[i], words[i][1:]):
-            counts[pair] -= n
-        for pair in map(add, word, word[1:]):
-            counts[pair] += n
-            if new is None or new in pair:
-                places[pair].append(i)
-                changed.add(pair)
-        words[i] = word
-
-    for i, piece in enumerate(piece_counts):
-        rewrite(i, piece.encode().decode("latin-1").translate(symbols))
-    queue = [(0, "")]  # the last to go, when no pair is left
+    holders = defaultdict(list)  # the words in which it stands, or stood
+    for i, word in enumerate(words):
+        for pair in zip(word[1:-1], word[2:-1]):
+            counts[pair] += frequency[i]
+            holders[pair].append(i)
+    queue = [(-n, pair) for pair, n in counts.items()]
+    heapify(queue)
     merges = []
-    while len(tokens) < vocab_size:
-        for pair in changed:
+    for new in tqdm(range(len(tokens), vocab_size), "merging", disable=QUIET):
+        # The most frequent pair. An entry whose pair has become rarer since goes back corrected.
+        while queue and -queue[0][0] != counts[queue[0][1]]:
+            pair = heappop(queue)[1]
             heappush(queue, (-counts[pair], pair))
-        changed.clear()
-        negative, pair = heappop(queue)
-        if -negative != counts[pair]:  # it has fallen since this entry was made
-            changed.add(pair)
-            continue
-        if counts[pair] < 2:
+        if not queue or queue[0][0] > -2:
             break
-        a, b = (tokens[ord(symbol)] for symbol in pair)
-        merges.append(f"{a} {b}")
-        new = chr(len(tokens))
-        tokens.append(a + b)
-        for i in places.pop(pair):
-            if pair in words[i]:  # no earlier merge took it
-                rewrite(i, words[i].replace(pair, new), new)
+        pair = first, second = heappop(queue)[1]
+        merges.append(f"{tokens[first]} {tokens[second]}")
+        tokens.append(tokens[first] + tokens[second])
+        # Merge it where it stands: the pairs with its neighbours go, those of the new token come.
+        came = set()
+        for holder in set(holders.pop(pair)):
+            word = words[holder]
+            for i in places(pair, word):
+                left, right = word[i - 1], word[i + 2]
+                word[i:i + 2] = [new]
+                for gone, come in ((left, first), (left, new)), ((second, right), (new, right)):
+                    if -1 not in come:
+                        counts[gone] -= frequency[holder]
+                        counts[come] += frequency[holder]
+                        holders[come].append(holder)
+                        came.add(come)
+        del counts[pair]
+        for pair in came:
+            heappush(queue, (-counts[pair], pair))
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     eot = {"id": 0, "content": EOT, "special": True, **flags}
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
     return Tokenizer(dict(version="1.0", added_tokens=[eot], pre_tokenizer=GPT2, decoder=GPT2, model=model))
 
-# Corpora: which files hold the text ---------------------------------------------------------------
+# Corpora from the network: (documents, validation documents, tokenizer) ---------------------------
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-ROWS = HUB.replace("://", "://datasets-server.")
+ROWS = os.environ.get("HF_ROWS_ENDPOINT", "https://datasets-server.huggingface.co").rstrip("/")
 REVISION = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"  # of TinyStories: a revision never changes
 
 def receive(url, file, n_bytes):
     """Append what one answer brings of the first n_bytes. ConnectionError: that was not all of it."""
     request = Request(url, headers={"User-Agent": "nanoLR", "Range": f"bytes={file.tell()}-{n_bytes - 1}"})
-    token = re.sub("[^!-~]", "", os.environ.get("HF_TOKEN", ""))  # an error would show one with a line break
+    token = "".join(os.environ.get("HF_TOKEN", "").split())  # an error would show one with a line break
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")  # goes to no other host
     with urlopen(request, timeout=30) as response:
-        if response.status != 206:  # a server that ignores Range sends it all
+        if response.status != 206:  # a server that ignores Range starts from the beginning
             file.seek(file.truncate(0))
-        while chunk := response.read(1 << 18):
+        while chunk := response.read(min(1 << 18, n_bytes - file.tell())):
             if b"\0" in chunk or not file.tell() and re.match(rb"\s*<[!?a-zA-Z]", chunk):
                 raise ValueError("it sent a web page or binary data in place of text")
             file.write(chunk)
-        if response.length:
+        if response.length and file.tell() < n_bytes:
             raise ConnectionError(f"{response.length:,} bytes of the answer are missing")
 
 def download(url, path, n_bytes=10**15):
-    """Fetch a text file, or its first n_bytes, unless it is there, fetched or put there by hand. It arrives
-    in path.part, whose length says where to go on, and gets its name when it is complete. Returns path."""
-    if path.exists():
-        return path
+    """Fetch a text file, or its first n_bytes, to path, unless it is there, fetched or put there by hand. It
+    arrives in path.part, whose length says where the next attempt, or the next run, goes on."""
     part = path.with_name(path.name + ".part")
-    failures = 0
-    with open(part, "ab") as raw, tqdm.wrapattr(raw, "write", desc=path.name, disable=None) as file:
-        while file.tell() < n_bytes:
-            have = file.tell()
+    for wait in 2, 4, 8, 16, 32, 0:  # seconds before the next attempt; 0: there is none
+        if path.exists():
+            return path
+        with open(part, "ab") as raw, tqdm.wrapattr(raw, "write", desc=path.name, disable=QUIET) as file:
             try:
-                receive(url, file, n_bytes)
-                break
+                if file.tell() < n_bytes:
+                    receive(url, file, n_bytes)
+                return part.replace(path)
             except (URLError, HTTPException, ConnectionError, TimeoutError, ValueError) as e:
-                failures = 1 if file.tell() > have else failures + 1
                 status = getattr(e, "code", 500 if file.tell() else 400)  # no network, if nothing ever came
-                passing = status >= 500 or status in (408, 416, 429)
-                if failures > 5 or not passing or isinstance(e, ValueError):
+                if status == 429:  # too many requests; for how long is said as `60` or as `"api";r=0;t=60`
+                    said = e.headers.get("Retry-After") or e.headers.get("RateLimit") or ""
+                    seconds = int(re.search(r"\d*$", said)[0] or 0)
+                    wait = seconds if wait and seconds <= 300 else 0
+                    e = f"limited, run again in {seconds or 300} s: what came is kept"
+                    say(f"{path.name}: the server asks to wait for {seconds or 300} s", sys.stderr)
+                elif status < 500 and status != 408:
+                    file.truncate(0)  # what is here may be wrong: next time from the beginning
+                    wait = 0
+                if not wait or isinstance(e, ValueError):
                     raise DataError(f"cannot fetch {path.name} from {url} ({e}): put it at {path} by hand, "
                                     "or use --data stdlib, which needs no network") from None
-                if status == 416:  # what is here is longer than the file
-                    file.seek(file.truncate(0))
-                time.sleep(2**failures)
-    return part.replace(path)
+        time.sleep(wait)
 
 def tinystories(folder, megabytes, vocab_size):
     """Short stories in the words of small children (Eldan & Li 2023), as GPT-4 wrote them: 2.2 GB."""
@@ -238,7 +268,8 @@ def tinystories(folder, megabytes, vocab_size):
     val = download(f"{url}-valid.txt", folder / "TinyStoriesV2-GPT4-valid.txt")
     train = folder / f"TinyStoriesV2-GPT4-train-{megabytes}MB.txt"
     download(f"{url}-train.txt", train, megabytes << 20)
-    return [train], [val], None
+    whole = train.read_text("utf-8", "ignore").rpartition(EOT)[0]  # what follows may be half a story
+    return documents_in(whole), documents_in(val.read_text("utf-8", "ignore")), None
 
 def cosmopedia(folder, megabytes, vocab_size):
     """Synthetic textbooks and posts (Ben Allal et al. 2024); the published tokenizer, if of that size."""
@@ -246,78 +277,98 @@ def cosmopedia(folder, megabytes, vocab_size):
     if vocab_size == 49_152:
         published = f"{HUB}/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json"
         tokenizer = Tokenizer.load(download(published, folder / "cosmo2-tokenizer.json"))
+    say(f"cosmopedia: about {3 * megabytes + 1} requests, less those that are here; the server allows 500 in "
+        "5 minutes", sys.stderr)
     url = f"{ROWS}/rows?dataset=HuggingFaceTB%2Fsmollm-corpus&config=cosmopedia-v2&split=train&length=100"
     for offset in range(0, 10**9, 100):
         page = download(f"{url}&offset={offset}", folder / f"cosmopedia-v2-rows-{offset}.json")
         try:
-            rows = [row["row"]["text"] or "" for row in json.loads(page.read_bytes())["rows"]]
-            text += EOT.join([*rows, ""])
+            rows = json.loads(page.read_bytes())["rows"]
+            whole = [row["row"] or {} for row in rows if not row.get("truncated_cells")]
+            text += EOT.join([*(row.get("text") or "" for row in whole), ""])
         except Exception as e:
             page.unlink()
             raise DataError(f"{ROWS} sent no rows of text ({e!r}): try again, or use --data stdlib") from None
         if len(rows) < 100 or len(text) > megabytes << 20:
             break
-    path = folder / f"cosmopedia-v2-{megabytes}MB.txt"
-    write_aside(path, text.encode(errors="replace"))
-    return [path], [], tokenizer
+    return documents_in(text), [], tokenizer
 
-NETWORK = {"tinystories": tinystories, "cosmopedia": cosmopedia}  # -> files, validation files, tokenizer
+NETWORK = {"tinystories": tinystories, "cosmopedia": cosmopedia}
 
-def files_of(name, cache):
-    """The sorted paths of a text file, of the files in a folder, or of the standard library's source."""
-    root = os.path.abspath(name) if name else name
-    suffix, skip = "", r"\..*|__pycache__"
+# Corpora from files -------------------------------------------------------------------------------
+
+def files_of(name):
+    """The sorted paths of a text file, of the files in a folder, or of the standard library's source. Hidden
+    files, logs, runs/ and folders that this program made (they hold a .lock) are no text."""
+    root, suffix, skip = os.path.realpath(name or " "), "", r"\..*|__pycache__|runs|.*\.(log|out)"
     if name == "stdlib":
         root, suffix = os.path.dirname(os.__file__), ".py"
         skip += "|tests?|idle_test|(site|dist)-packages"
     found = [root]
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [d for d in subfolders if not re.fullmatch(skip, d) and Path(folder, d) != cache]
-        found += [os.path.join(folder, name) for name in names if name.endswith(suffix) and name[0] != "."]
+        if ".lock" in names:
+            names, subfolders[:] = [], []
+        subfolders[:] = [name for name in subfolders if not re.fullmatch(skip, name)]
+        text = [name for name in names if name.endswith(suffix) and not re.fullmatch(skip, name)]
+        found += [os.path.join(folder, name) for name in text]
+        for link in filter(os.path.islink, [os.path.join(folder, name) for name in subfolders]):
+            say_once(f"not followed: {link!r} is a link to a folder", sys.stderr)
     found = sorted(filter(os.path.isfile, found))
     if not found:
-        raise DataError(f"unknown corpus '{name}': use stdlib, tinystories, cosmopedia or a path with text")
+        raise DataError(f"unknown corpus {name!r}: use stdlib, tinystories, cosmopedia or a path with text")
     return found
+
+def documents_in(text):
+    """What stands between <|endoftext|>, in one form, so that copies are equal."""
+    text = text.encode("utf-8", "replace").decode()  # without lone surrogates, which JSON can hold
+    text = text.replace("\r\n", "\n").replace("\ufeff", "")
+    return list(filter(None, map(str.strip, text.split(EOT))))
+
+def read(path):
+    """The documents of a file. ValueError: it is no text."""
+    with open(path, "rb") as file:
+        content = file.read(1 << 20)
+        if b"\0" in content:  # do not read on: it may be huge
+            raise ValueError("binary")
+        content += file.read()
+    text, n_bytes = codecs.utf_8_decode(content, "strict", False)
+    if n_bytes < len(content):  # it ends inside a character: back to the last whole document
+        text = text.rpartition(EOT)[0] or text
+    if path.endswith(".jsonl"):
+        whole = [line for line in text.lstrip("\ufeff").split("\n") if line.strip().endswith("}")]
+        text = EOT.join(json.loads(line).get("text") or "" for line in whole)
+    return documents_in(text)
+
+def read_all(files):
+    """All documents. A lone file that is one document is cut at ends of lines, so that its validation side is
+    neighbours of training text."""
+    documents, left_out = [], []
+    for path in files:
+        try:
+            documents += read(path)
+        except (OSError, ValueError):
+            left_out.append(path)
+    if left_out:
+        say(f"left out, as they are no UTF-8 text: {len(left_out)} files, first {left_out[0]!r} (gunzip a .gz; "
+            "iconv -f UTF-16 -t UTF-8, or -f LATIN1, converts others)", sys.stderr)
+    if len(files) == len(documents) == 1:
+        size = min(max(len(documents[0]) // 64, 128), 8192)
+        cut = re.findall(rf"(?s).{{1,{size}}}(?<=\n)|.{{1,{size}}}", documents[0])
+        documents = documents_in(EOT.join(cut))
+    return documents
 
 # Preparing: documents go to one process a core ----------------------------------------------------
 
-def read(files):
-    """(documents, files that are no UTF-8 text). A document is what stands between <|endoftext|>, or a file.
-    A lone file without it is cut at ends of lines: its validation side is neighbours of training text."""
-    documents, skipped = [], []
-    for path in files:
-        try:
-            with open(path, encoding="utf-8", newline="") as file:
-                text = file.read(1 << 20)
-                if "\0" in text:  # do not read on: it may be huge
-                    raise ValueError("binary")
-                text += file.read()
-        except (OSError, ValueError):
-            skipped.append(path)
-            continue
-        if EOT in text:
-            documents += map(str.strip, text.split(EOT))
-        elif len(files) > 1:
-            documents.append(text)
-        else:
-            size = min(max(len(text) // 64, 128), 8192)
-            documents += re.findall(rf"(?s).{{1,{size}}}(?:(?<=\n)|\Z)|.{{1,{size}}}", text)
-    return list(filter(None, documents)), skipped
-
 def choose_validation(documents):
-    """The documents to validate on: the lowest hashes, until they have 5% of the bytes (10% of few). So equal
-    documents are on the same side. A document larger than all that stays out."""
-    hashes = {d: hashlib.blake2b(d.encode(), digest_size=8).digest()[::-1] for d in documents}
-    sizes = [len(document.encode()) for document in documents]
-    target = max(sum(sizes) // 20, min(sum(sizes) // 10, 1 << 16))
-    largest = max(target, min(sizes, default=0))
-    chosen, n_bytes = set(), 0
-    for document in sorted(documents, key=hashes.get):
-        size = len(document.encode())
-        if n_bytes < target and size <= largest:
+    """The set of documents to validate on: of the lowest hashes, those that fit into 5% of the bytes."""
+    sizes = {document: len(document.encode()) for document in documents}
+    room = sum(sizes.values()) // 20
+    chosen = set(sorted(sizes, key=sizes.get)[:1])  # at least the smallest
+    for document in sorted(sizes, key=lambda document: hashlib.blake2b(document.encode()).digest()):
+        if sizes[document] <= room:
             chosen.add(document)
-            n_bytes += size
-    return [document for document in documents if document in chosen]
+            room -= sizes[document]
+    return chosen
 
 def count(batch):
     """How often each piece occurs in some documents."""
@@ -327,8 +378,8 @@ load_tokenizer = lru_cache(1)(Tokenizer.load)  # once in each process
 
 def encode(batch, tokenizer_path):
     """The ids of some documents, as little-endian uint16."""
-    ids = load_tokenizer(tokenizer_path).encode_str(EOT.join([*batch, ""]))
-    return ids.encode("utf-16-le", "surrogatepass")
+    ids = load_tokenizer(tokenizer_path).encode(EOT.join([*batch, ""]))
+    return np.array(ids, "<u2").tobytes()
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -338,60 +389,56 @@ def start_worker():
     Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
 def parallel(pool, work, documents, title):
-    """Iterate over work(32 documents) for all of them, in their order, with a bar."""
-    batches = [documents[i:i + 32] for i in range(0, len(documents), 32)]
-    return tqdm(pool.map(work, batches), title, len(batches), disable=None)
+    """Iterate over what work gives for each batch of documents, in their order, with a bar."""
+    size = min(len(documents) // (8 * cores()) + 1, 1000)
+    batches = [documents[i:i + size] for i in range(0, len(documents), size)]
+    return tqdm(pool.map(work, batches), title, len(batches), disable=QUIET)
 
-def prepare(files, val_files, tokenizer, vocab_size, folder):
-    """Make tokenizer.json, train.bin and val.bin in a folder. val_files, tokenizer: what comes with a corpus;
-    where nothing does, some documents are held out and the vocabulary is learnt."""
-    documents, skipped = read(files)
-    val = read(val_files)[0] or choose_validation(documents)
-    held_out = set(val)
-    train = [document for document in documents if document not in held_out]
-    if not train or not val:
-        no_text = f" (no UTF-8 text: {skipped[:3]})" if skipped else ""
-        raise DataError(f"{folder.name} needs two different documents{no_text}")
-    if skipped:
-        print(f"left out, as they are no UTF-8 text: {len(skipped)} files: {skipped[0]} ...", file=sys.stderr)
+def prepare(documents, val, tokenizer, vocab_size, folder, label):
+    """Fill a folder with tokenizer.json, train.bin, val.bin and meta.json. val, tokenizer: what comes with a
+    corpus; where nothing does, some documents are held out and the vocabulary is learnt."""
+    held_out = set(val) or choose_validation(documents)
+    sides = {"train": [document for document in documents if document not in held_out],
+             "val": val or [document for document in documents if document in held_out]}
+    if not all(sides.values()):
+        raise DataError(f"{label} needs two different documents of UTF-8 text")
     with ProcessPoolExecutor(min(cores(), 16), initializer=start_worker) as pool:
         if tokenizer is None:
             counts = Counter()
-            for part in parallel(pool, count, train, "counting"):
+            for part in parallel(pool, count, sides["train"], "counting"):
                 counts.update(part)
             tokenizer = train_bpe(counts, vocab_size)
             if tokenizer.vocab_size < vocab_size:
-                print(f"the text gives {tokenizer.vocab_size:,} of {vocab_size:,} tokens", file=sys.stderr)
+                say(f"the text gives {tokenizer.vocab_size:,} of {vocab_size:,} tokens", sys.stderr)
         path = folder / "tokenizer.json"
-        path.write_text(json.dumps(tokenizer.spec, ensure_ascii=False, indent=1), encoding="utf-8")
-        for name, documents in ("train.bin", train), ("val.bin", val):
-            with open(folder / name, "wb") as file:
-                file.writelines(parallel(pool, partial(encode, tokenizer_path=path), documents, name))
+        write_aside(path, json.dumps(tokenizer.spec, indent=1).encode())
+        meta = {"corpus": label, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": sha256(path)}
+        for side, documents in sides.items():
+            ids = b"".join(parallel(pool, partial(encode, tokenizer_path=path), documents, side))
+            write_aside(folder / f"{side}.bin", ids)
+            meta[f"{side}_bytes"] = sum(len(document.encode()) for document in documents)
+            meta[f"{side}_tokens"] = len(ids) // 2
+            meta[f"{side}_sha256"] = sha256(folder / f"{side}.bin")
+    write_aside(folder / "meta.json", json.dumps(meta, indent=1).encode())  # the last: without it, no corpus
 
 # Loading: a prepared corpus, its batches and its validation windows -------------------------------
 
-def count_tokens(tokens, vocab_size):
-    """(vocab_size,) how often each id occurs; a part at a time, as bincount makes int64 of it."""
-    parts = np.array_split(tokens, len(tokens) // 10**6 + 1)
-    return sum(np.bincount(part, minlength=vocab_size) for part in parts)
+def sha256(path):
+    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 class Corpus:
     """What is in a prepared folder: tokenizer, train and val ((n,) uint16 ids, mapped from the files),
-    token_bytes ((vocab_size,), how many an id stands for, 0 for <|endoftext|>), and meta, counted anew."""
-    def __init__(self, folder, label):
-        path = folder / "tokenizer.json"
+    token_bytes ((vocab_size,), how many an id stands for, 0 for <|endoftext|>), and meta."""
+    def __init__(self, folder):
         self.folder = folder
-        self.tokenizer = Tokenizer.load(path)
+        self.meta = json.loads((folder / "meta.json").read_bytes())
+        for file in "tokenizer.json", "train.bin", "val.bin":
+            assert sha256(folder / file) == self.meta[f"{Path(file).stem}_sha256"], "it is damaged"
+        self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self.token_bytes = np.array(list(map(len, self.tokenizer.bytes)))
         self.token_bytes[self.tokenizer.eot] = 0
         self.train = np.memmap(folder / "train.bin", "<u2", "r")
         self.val = np.memmap(folder / "val.bin", "<u2", "r")
-        self.meta = {"corpus": label, "vocab_size": self.tokenizer.vocab_size}
-        self.meta["tokenizer_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        for side, tokens in ("train", self.train), ("val", self.val):
-            self.meta[f"{side}_bytes"] = int(count_tokens(tokens, len(self.token_bytes)) @ self.token_bytes)
-            self.meta[f"{side}_tokens"] = len(tokens)
-            self.meta[f"{side}_sha256"] = hashlib.sha256(tokens).hexdigest()
 
 def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
     """The corpus `name` (stdlib, tinystories, cosmopedia or a path) with at most vocab_size tokens, prepared
@@ -399,41 +446,41 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
     if not 257 <= vocab_size <= 65536:
         raise DataError(f"a vocabulary of {vocab_size:,} is not possible: use 257 (bytes, {EOT}) to 65,536")
     cache = Path(os.path.abspath(cache))
+    if name in NETWORK:
+        # 5 bytes a token; to two digits, so that runs of nearly the same budget share a folder.
+        megabytes = int(float(f"{n_tokens * 5 / 2**20 + 1:.1e}"))
+        label, content = f"{name}-{megabytes}MB", REVISION
+    else:
+        files = files_of(name)
+        label = re.sub(r"[^\w.-]+", "_", os.path.basename(os.path.abspath(name)))[:40]
+        content = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
+    source = hashlib.sha256(repr((2, content)).encode()).hexdigest()  # 2: how text is prepared has changed once
+    folder = cache / f"{label}-{source[:8]}-{vocab_size}"
     try:
-        if name in NETWORK:
-            # 5 bytes a token; to two digits, so that runs of nearly the same budget share a folder.
-            megabytes = int(float(f"{n_tokens * 5 / 2**20 + 1:.1e}"))
-            label, content = f"{name}-{megabytes}MB", REVISION
-        else:
-            sources = files_of(name, cache), [], None
-            label = os.path.basename(os.path.abspath(name))[:100]
-            content = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in sources[0]]
-        source = hashlib.sha256(repr(content).encode()).hexdigest()[:8]
-        folder = cache / f"{label}-{source}-{vocab_size}"
-        meta = folder / "meta.json"
         with lock(folder, wait=True):  # of several processes one prepares it
             with suppress(Exception):  # whatever is missing or damaged, it is made anew
-                corpus = Corpus(folder, label)
-                if corpus.meta == json.loads(meta.read_bytes()):
-                    return corpus
+                return Corpus(folder)
             if name in NETWORK:
                 with lock(cache / "downloads", wait=True):
-                    sources = NETWORK[name](cache / "downloads", megabytes, vocab_size)
-            prepare(*sources, vocab_size, folder)
-            corpus = Corpus(folder, label)
-            meta.write_text(json.dumps(corpus.meta, indent=1))  # the last file: without it there is no corpus
-            return corpus
+                    documents, val, tokenizer = NETWORK[name](cache / "downloads", megabytes, vocab_size)
+            else:
+                documents, val, tokenizer = read_all(files), [], None
+            prepare(documents, val, tokenizer, vocab_size, folder, label)
+            return Corpus(folder)
     except (BrokenExecutor, MemoryError):
         raise DataError("a process that prepared the text was killed, or ran out of memory") from None
     except OSError as e:
         raise DataError(f"cannot use {cache}, which must be a folder to write to: {e}") from None
 
 def write_aside(path, content):
-    """Under another name first: a reader, or a machine that stops here, never sees half a file."""
+    """Under another name first, down to the disk: neither a reader nor a loss of power sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_bytes(content)
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(path)
     except OSError as e:  # a full disk says no name
         raise OSError(e.errno, e.strerror, str(path)) from None
@@ -445,13 +492,14 @@ def lock(folder, wait=False):
     owner is waited for (wait), or named in a DataError."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "a+")
-    if os.name != "nt":  # Windows has no fcntl: there nobody is kept out
+    try:
         import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise DataError(f"{folder} is in use by process {file.read()}: wait, or stop it") from None
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise DataError(f"{folder} is in use by process {file.read()}: wait, or stop it") from None
+    except (ImportError, OSError):  # Windows; NFS, Lustre and others without flock
+        say_once("folders cannot be locked here: let no two programs work in one at once", sys.stderr)
     file.truncate(0)
     print(os.getpid(), end="", file=file, flush=True)
     return file
@@ -481,11 +529,9 @@ def val_windows(tokens, context_length, max_tokens):
     n = min(max(max_tokens // context_length, 1), len(apart))
     return inputs_and_targets(apart[np.arange(n) * len(apart) // n])
 
-# python data.py NAME ------------------------------------------------------------------------------
-
 def main():
     parser = argparse.ArgumentParser(description="Prepare a corpus and show what a model will see.")
-    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # one line, without the usage
+    parser.error = lambda message: sys.exit(say(f"data.py: {message}", sys.stderr) or 2)
     parser.add_argument("name", nargs="?", default="stdlib", help="stdlib, tinystories, cosmopedia or a path")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens, at most (default: %(default)s)")
     parser.add_argument("--tokens", type=float, default=1e6, help="to fetch from the network (default: 1e6)")
@@ -495,18 +541,11 @@ def main():
         parser.error(f"--tokens {args.tokens:g}: use a number from 1 to 1e12")
     try:
         corpus = load(args.name, args.vocab_size, int(args.tokens), args.cache)
-        p = count_tokens(corpus.train, len(corpus.token_bytes)) / len(corpus.train)
-        bytes_per_token = p @ corpus.token_bytes
-        bits_per_byte = -p @ np.log2(p + 1e-30) / bytes_per_token
-        (sys.stdout or sys.stderr).reconfigure(errors="backslashreplace")  # show any token in any locale
-        print(f"{corpus.folder}: a vocabulary of {len(p):,}, {len(corpus.train):,} tokens of text, "
-              f"{len(corpus.val):,} to validate on, {bytes_per_token:.2f} bytes a token")
-        print(f"Knowing only how often each token occurs: {bits_per_byte:.3f} bits a byte. Models do better.")
-        print("The validation text begins (| between tokens):")
-        print("|".join(corpus.tokenizer.decode([i]) for i in corpus.val[:150]), flush=True)
-    except (DataError, OSError) as e:  # OSError: who read the lines has gone (| head), or a disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be written
+    except DataError as e:
         parser.error(e)
+    say(f"{corpus.folder}: " + ", ".join(f"{key} {value}" for key, value in corpus.meta.items()))
+    say("The validation text begins (| between tokens):")
+    say("|".join(corpus.tokenizer.decode([i]) for i in corpus.val[:150]))
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a traceback; the workers follow
