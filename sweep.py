@@ -119,11 +119,12 @@ def half_width(differences, squares, df, k):
 def compare_rates(table, best, margin=0.01):
     """{rate: how it stands beside the best}. seems: worse, as far as perhaps a single run can tell; worse: shown
     to be, which takes two pairs of runs, or two that diverged."""
+    spread = noise(table, best)
     pairs = {lr: paired(row, table[best]) for lr, row in table.items()}
     k = max(1, sum(len(d) > 1 for d in pairs.values()) - 1)     # the best is not compared with itself
     found = {}
     for lr, d in pairs.items():
-        half = half_width(d, *noise(table, best), k)
+        half = half_width(d, *spread, k)
         diverged = list(table[lr].values()).count(inf)
         seems = not d or mean(d) > half or diverged > 1
         worse = seems and max(len(d), diverged) > 1
@@ -248,8 +249,8 @@ def next_runs(results, plan):
         return [], "only runs that failed were left; the same command tries them again"
     if not plan.widen:
         return [], "it had run what was asked for"
-    edges = [edge_above(table, lowest(table)) for table in tables.values()]
-    return [], f"the best rate had others on both sides, and above it {', '.join(edges)}"
+    edges = {edge_above(table, lowest(table)) for table in tables.values()}
+    return [], f"the best rate had others on both sides, and above it {', '.join(sorted(edges))}"
 
 # The folders of runs ------------------------------------------------------------------------------
 
@@ -279,20 +280,21 @@ def refuse_mixture(runs, mix_code, made=None, settings=None):
     """What a run was made with stands in its config.json. Dies at one with other data or (without mix_code) code
     than made, which train.py --prepare said, or else than the first run; where settings are given, {setting:
     args}, also at one whose args are not those of the place in the sweep that its name says."""
-    parts = ["args", "data"] + ["code"] * (not mix_code)
     for run in runs:
-        now = {**runs[0]["config"], **(made or {}), "args": run["args"]}
+        now = {**runs[0]["config"], **(made or {}), "args": {}}
+        found = []
         if settings:
             places = {run_name((setting, run["lr"], run["seed"])): setting for setting in settings}
-            now["args"] = settings.get(places.get(run["name"]), {"rate, seed or setting than its name says": 1})
-        found = []
-        for part in parts:
-            was = run["config"].get(part) or {}
-            found += [name for name, value in (now.get(part) or {}).items()
-                      if name not in FREE and was.get(name) != value]
+            now["args"] = settings.get(places.get(run["name"]), {})
+            found += ["rate, seed or setting than its name says"] * (run["name"] not in places)
+        for was in [run["config"], *(run["config"].get("resumes") or [])]:      # each with the code of its day
+            for part in ["args", "data"] + ["code"] * (not mix_code):
+                before = was.get(part) or {}
+                found += [name for name, value in (now.get(part) or {}).items()
+                          if name not in FREE and before.get(name, value) != value]
         if found:
-            die(f"{run['name']} was made with another {', '.join(found)}; choose another --name"
-                + " or add --mix-code" * found[0].endswith(".py"))
+            advice = " or add --mix-code" * all(name.endswith(".py") for name in found)
+            die(f"{run['name']} was made with another {', '.join(found)}; choose another --name{advice}")
 
 # Processes ----------------------------------------------------------------------------------------
 
@@ -370,30 +372,32 @@ def start_run(plan, key, slot):
     return process
 
 def say_how_it_ended(process):
-    dir, code = process.dir, process.returncode
-    log = dir / "stderr.log"
+    log, code = process.dir / "stderr.log", process.returncode
     lines = log.read_text(errors="replace").splitlines()
-    summary = plot.read_json(dir / "summary.json") or {}
-    if code == 0 and summary.get("status") in plot.STATUSES:
-        loss = summary.get("final_val_loss") or nan     # null: it was not finite
-        say(f"{dir.name}: {summary['status']}, validation loss {loss:.4g}, {time.monotonic() - process.began:.0f} s")
-        if not lines:
-            log.unlink()
-    elif code < 0:
-        say(f"{dir.name}: KILLED by {signal.Signals(-code).name}, from outside this program (out of memory? a "
-            f"time limit?). Its log is {log}; the same command goes on with it")
-    elif code < 128:
-        say("\n".join([f"{dir.name}: FAILED, the others go on. The end of {log}:", *lines[-6:]]))
+    summary = plot.read_json(process.dir / "summary.json") or {}
+    loss = summary.get("final_val_loss") or nan     # null: it was not finite
+    how = f"{summary.get('status')}, validation loss {loss:.4g}, {time.monotonic() - process.began:.0f} s"
+    if code < 0:
+        how = (f"KILLED by {signal.Signals(-code).name}, from outside this program (out of memory? a time limit?). "
+               f"Its log is {log}; the same command goes on with it")
+    elif code > 128:
+        how = "stopped"
+    elif code:
+        how = "\n".join([f"FAILED, the others go on. The end of {log}:", *lines[-6:]])
+    elif not lines:
+        log.unlink()
+    say(f"{process.dir.name}: {how}")
 
-def show_progress(bar, running, done):
+def show_progress(bar, running, done, terminal):
+    """The bar counts the steps of all runs; behind it stand the losses of those that are going on."""
     bar.n, losses = done, []
     for process in running:
         run = plot.read_run(process.dir)
         if run and len(run["train"]["step"]):
             bar.n += int(run["train"]["step"][-1])
             losses.append(f"{run['name']} {run['train']['train_loss'][-1]:.3f}")
-    bar.set_postfix_str(", ".join(losses))      # which shows the bar
-    if isinstance(bar.fp, io.StringIO):
+    bar.set_postfix_str(", ".join(losses))      # which shows it
+    if not terminal:
         say(str(bar))
 
 def execute(plan, keys):
@@ -414,7 +418,7 @@ def execute(plan, keys):
                 if slot not in running and waiting and not plan.stops:
                     running[slot] = start_run(plan, waiting.pop(0), slot)
             if time.monotonic() - shown > (0.5 if terminal else 10):
-                show_progress(bar, running.values(), done)
+                show_progress(bar, running.values(), done, terminal)
                 shown = time.monotonic()
             time.sleep(0.05)
     finally:
@@ -425,7 +429,8 @@ def execute(plan, keys):
 
 def run_sweep(plan):
     """Round after round; a restart replays them, and finished runs answer at once. Then the report."""
-    say("asking train.py about these flags ...", sys.stderr)
+    if not plan.dry_run:
+        say("checking the flags and preparing the data ...")
     asked = {setting: ask_train(plan, setting, "--dry-run") for setting in plan.settings}
     settings = {setting: answer["args"] for setting, answer in asked.items()}
     plan.steps = {setting: answer["steps"] for setting, answer in asked.items()}
@@ -435,7 +440,6 @@ def run_sweep(plan):
     plan.lrs = [rounded(float(text.strip("x")) * (own if "x" in text else 1), 6) for text in plan.lrs]
     made = None
     if not plan.dry_run:
-        say("preparing the data ...")
         made = ask_train(plan, plan.settings[0], "--prepare")
         owner = lock(plan.dir)
         say(f"runs go to {plan.dir}, {plan.jobs} at a time")
@@ -578,8 +582,9 @@ def above_the_best(s):
     if unstable:
         text = "The first unstable rate above the best is {lr:g}, in {seeds} of {of} runs. ".format(**unstable)
     if diverged:
-        text += ("The first one that diverged is {lr:g}, in {seeds} of {of} runs, {ratio:.1f} times the best; "
-                 "{survived:g} did not. A folk rule says 2 to 4 times.").format(**diverged)
+        least = diverged["survived"] / s["best_lr"]
+        text += "Runs begin to diverge between {survived:g} and {lr:g}, ".format(**diverged)
+        text += f"{least:.1f} to {diverged['ratio']:.1f} times the best; a folk rule says 2 to 4."
     elif top["lr"] > s["best_lr"]:
         text += f"None above the best diverged, up to {top['lr']:g}, {top['worse_by']:.2f} nats worse."
     else:

@@ -75,7 +75,7 @@ except (OSError, ValueError, KeyError):
 if status in ("converged", "slow", "unstable", "diverged"):
     sys.exit(0)
 
-if not (out / "config.json").exists():
+if not (out / "metrics.csv").exists():
     (out / "config.json").write_text(json.dumps(dict(args=settings, data=data, code=code)))
 summary("running")
 

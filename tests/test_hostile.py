@@ -162,12 +162,6 @@ def test_sweep(line, capsys):
     refused(sweep.main, [], line, capsys)
 
 
-def test_a_command_that_would_take_two_lines(capsys):
-    with pytest.raises(SystemExit) as e:
-        sweep.main(["--dry-run", "--data", "x\nrm -rf ~"])
-    assert e.value.code == 2 and "control" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["", "nowhere/x.png", "x.tiff2", "/proc/x.png"])
 def test_schedule(name):
     done = subprocess.run([sys.executable, ROOT / "schedule.py", name], capture_output=True, text=True)
