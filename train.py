@@ -69,8 +69,7 @@ FLAGS = {   # group: {flag: (how to read it, default unless the preset has one, 
         "data": (TEXT, None, "stdlib, tinystories, cosmopedia, or the path of a text file or folder"),
         "batch-size": (COUNT, None, "sequences in an optimizer step, on all devices together"),
         "max-steps": (COUNT, None, "optimizer steps"),
-        "grad-accum": (COUNT, 1, "pieces to compute a batch in: less memory, same gradients (but experts are "
-                                 "balanced within a piece)"),
+        "grad-accum": (COUNT, 1, "pieces to compute a batch in; experts are balanced within a piece"),
         "full-batch": (SWITCH, False, "use the first batch at every step"),
         "seed": (within(int, 0, 2**63 - 1), 0, "seed of initial weights, batches and dropout"),
         "data-tokens": (AUTO, 0, "tokens of text to fetch; 0: as many as the run reads")},
@@ -110,9 +109,8 @@ for field in fields(ModelConfig):
     how = within(field.type, 1e-9 if field.default else 0, 1e9)     # a size is not 0
     text = field.metadata.get("help", "a field of ModelConfig")
     FLAGS["model"][field.name] = ON_OFF if field.type is bool else how, field.default, text
-# What may differ in a run that is resumed. If data_tokens changes the text, the hash of the text tells.
 FREE = {"out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval", "grad_accum",
-        "data_tokens"}
+        "data_tokens"}      # may differ in a run that is resumed; another text has another hash
 
 def parse_args(argv=None):
     """Command line -> (args, ModelConfig). Defaults are the preset's, which is therefore read first."""
@@ -143,11 +141,13 @@ def parse_args(argv=None):
 
 # The hardware -------------------------------------------------------------------------------------
 
-# On Apple's MPS: float32 by default; no float64 and no pinned memory there, so that figures and samples are
-# taken to the CPU first; gloo cannot sum its tensors, so no torchrun.
-
 def pick_device(name, local_rank=0, world=1):
-    """A torch.device that is really there; `auto` takes cuda, then mps, then cpu."""
+    """A torch.device that is really there; `auto` takes cuda, then mps, then cpu.
+
+    On Apple's mps: float32 by default, no float64 and no pinned memory, so that figures and samples go to
+    the CPU first; gloo cannot sum its tensors, so that torchrun is refused. From documentation and reports:
+    nobody here has a Mac.
+    """
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "cuda" or (name == "auto" and there[0] == "cuda:0"):
@@ -167,26 +167,24 @@ def pick_dtype(name, device):
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
-def pick_compile(wanted, device, config, flops):
-    """The torch.compile backend, or None. On 2 CPU cores it costs 40 s: worth it from about 5 minutes."""
+def pick_compile(wanted, device, dtype, config, flops):
+    """The torch.compile backend, or None; and whether the step can be recorded as one CUDA graph."""
+    long_run = flops > 1.5e14 and not config.n_experts      # 5 minutes on 2 cores, where compiling takes 40 s
+    if wanted is False or (not wanted and (device.type == "mps" or device.type == "cpu" and not long_run)):
+        return None, False
     if device.type == "mps":
-        return "aot_eager" if wanted else None
-    long_run = flops > 1.5e14 and not config.n_experts      # 5 minutes at 500 GFLOP/s
-    if wanted is False or (wanted is None and device.type == "cpu" and not long_run):
-        return None
+        return "aot_eager", False
     there = any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++", "cl"]))
+    capability = (0, 0)
     if device.type == "cuda":
-        there = importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
+        capability = torch.cuda.get_device_capability(device)
+        there = importlib.util.find_spec("triton") and capability >= (7, 0)
     if not there:
         say("torch.compile needs Triton on a GPU, a C++ compiler on a CPU: training without it", sys.stderr)
-    return "inductor" if there else None
-
-def can_record(device, dtype, config, backend):
-    """A CUDA graph holds no wait for the host (so experts need grouped_mm) and no new random numbers."""
-    if device.type != "cuda" or not backend or config.dropout:
-        return False
-    hopper_or_blackwell = torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return not config.n_experts or (dtype == torch.bfloat16 and hopper_or_blackwell)
+        return None, False
+    # A graph holds no new random numbers and no wait for the host, so that experts need grouped_mm.
+    grouped = dtype == torch.bfloat16 and capability[0] in (9, 10)
+    return "inductor", device.type == "cuda" and not config.dropout and (grouped or not config.n_experts)
 
 def graphed(step):
     """The same step as one CUDA graph: the hundreds of small kernels of a small model follow each other
@@ -240,7 +238,6 @@ def check_size(args, config, device, world):
 def provenance(device):
     """What made the numbers: code, versions, commit ("-dirty": changed since), hardware."""
     here = Path(__file__).parent
-    code = ("model.py", "optim.py", "schedule.py", "data.py", "train.py", "plot.py")
     commit = None
     with suppress(OSError):     # no git here
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -248,7 +245,8 @@ def provenance(device):
     name = f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return dict(code={file: hashlib.sha256((here / file).read_bytes()).hexdigest() for file in code},
+    files = ("model.py", "optim.py", "schedule.py", "data.py", "train.py", "plot.py")
+    return dict(code={file: hashlib.sha256((here / file).read_bytes()).hexdigest() for file in files},
                 python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__,
                 git_commit=commit, device=str(device), device_name=name)
 
@@ -259,7 +257,7 @@ class RunFolder:
         self.path = Path(path)
         self.owner = owner
         self.saved = None
-        self.config = plot.read_json(self.path / "config.json") or {}
+        self.config = (resume and plot.read_json(self.path / "config.json")) or {}
         self.saver = ThreadPoolExecutor(1)      # writes a checkpoint while the next steps run
         self.saving = self.saver.submit(int)
         found = set(os.listdir(path)) - {".lock", "stderr.log"} if self.path.exists() else set()
@@ -285,14 +283,14 @@ class RunFolder:
             path.replace(path.with_name("last.pt.damaged"))
             say(f"{path} is damaged and set aside: the run begins again", sys.stderr)
 
-    def refuse_change(self, part, now):
-        """A run does not go on with other settings, or other text: compares what both know."""
-        began = self.config.get(part) or {}
+    def refuse_change(self, now):
+        """A run does not go on with other settings, or with other text: compares what both know."""
+        began = (self.config.get("args") or {}) | (self.config.get("data") or {})
         for key in sorted(began.keys() & now.keys() - FREE):
             if began[key] != now[key]:
-                what = f"--{key.replace('_', '-')}" if part == "args" else f"another text, {key}"
-                fail(f"{self.path} began otherwise: {what} was {began[key]!s:.80}, is {now[key]!s:.80}; "
-                     "repeat what it began with, or choose another --out")
+                what = key if key in self.config["args"] else f"another text, {key}"
+                fail(f"{self.path} began otherwise: {what.replace('_', '-')} was {began[key]!s:.80}, is "
+                     f"{now[key]!s:.80}; repeat what it began with, or choose another --out")
 
     def finished(self):
         run = plot.read_run(self.path)          # None: config.json is damaged
@@ -397,19 +395,21 @@ def build(args, config, device, dtype):
     optimizers = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, (args.beta1, args.beta2),
                                  args.momentum, args.adamw_lr_ratio)
     schedule = make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
-    n_tokens = args.batch_size * config.context_length * args.max_steps
-    backend = pick_compile(args.compile, device, config, 6 * count_parameters(model)["total"] * n_tokens)
-    forward = torch.compile(model, backend=backend) if backend else model
+    flops = 6 * count_parameters(model)["total"] * args.batch_size * config.context_length * args.max_steps
+    backend, graph = pick_compile(args.compile, device, dtype, config, flops)
+    def losses(x, y):                   # without the logits, which a compiled step then never writes out
+        return model(x, y)[1:]
+    losses = torch.compile(losses, backend=backend) if backend else losses
     for optimizer in optimizers if backend == "inductor" else []:
         optimizer.compile()
-    step = make_step(forward, model, optimizers, args)
-    if can_record(device, dtype, config, backend):
+    step = make_step(losses, model, optimizers, args)
+    if graph:
         step = graphed(step)
     return model, optimizers, schedule, step, backend
 
 class Stop(list):
-    """The signals that came, with their times. The first one ends the run after its step; one within 2 s is the
-    same (sent to a whole job, it comes through the sweep, too); one later, or before a step is done, ends it now."""
+    """(signal, time) of those that came. The first one ends the run after its step. One within 2 s is the
+    same, sent to a whole job and passed on by the sweep. A later one, or one before a step, ends it now."""
     def __init__(self):
         self.stepped = False
         self.handlers = {}
@@ -458,7 +458,7 @@ def means(sums, n_steps):
 
 # The step -----------------------------------------------------------------------------------------
 
-def make_step(forward, model, optimizers, args):
+def make_step(losses, model, optimizers, args):
     """step(x, y) -> {name: tensor} of what it met: train_loss, grad_norm before clipping, the router's.
     x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for a GPU."""
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -467,8 +467,8 @@ def make_step(forward, model, optimizers, args):
         record = {}
         share = 1 / (len(x) * world)
         for xi, yi in zip(x, y):
-            # Forward; the logits are not kept.
-            loss, router = forward(xi, yi)[1:]
+            # Forward.
+            loss, router = losses(xi, yi)
             objective = loss
             if router:
                 objective = loss + args.balance_weight * router["balance_loss"].sum()
@@ -513,7 +513,7 @@ def run(args, config):
         fail("--out needs a folder; with --resume, that of the run to go on with")
     name = time.strftime(f"{args.preset}-lr{args.lr:g}-s{args.seed}-%m%d-%H%M%S-{os.getpid()}")
     folder = RunFolder(args.out or f"runs/single/{name}", args.resume, owner=rank == 0)
-    folder.refuse_change("args", vars(args))
+    folder.refuse_change(vars(args))
     corpus, get_batch, windows = open_text(args, config)
     bytes_per_token = float(corpus.token_bytes[windows[1].numpy()].mean())
     settings.update(data=corpus.meta, **provenance(device))
@@ -522,8 +522,7 @@ def run(args, config):
         return 0
     if args.resume:
         folder.read_checkpoint(device)
-        folder.refuse_change("args", vars(args))
-        folder.refuse_change("data", corpus.meta)
+        folder.refuse_change(vars(args) | corpus.meta)
         if folder.finished():
             say(f"{folder.path} is already finished")
             return 0
@@ -552,7 +551,7 @@ def run(args, config):
     folder.say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters, "
                f"{counts['used per token']:,} a token; {args.max_steps} steps of {args.batch_size} x "
                f"{config.context_length} tokens, {n_tokens / len(corpus.train):.2g} times the text; "
-               f"{args.optimizer} at {args.lr:g} on {device}, {dtype}, compiled by {backend} -> {folder.path}")
+               f"{args.optimizer} at {args.lr:g} on {device}, {dtype}, compiled: {backend} -> {folder.path}")
 
     def log(line, **cells):
         elapsed = time.perf_counter() - began
