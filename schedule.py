@@ -54,18 +54,18 @@ SCHEDULES = [*SHAPES, "exponential", "plateau"]
 
 def make_schedule(name, max_steps, warmup_ratio=0.1, min_lr_ratio=0.1):
     """f(step) -> factor of the peak rate; the ratios, in [0, 1], are shares of max_steps and of the peak."""
-    assert name in SCHEDULES, name
     warmup_steps = round(warmup_ratio * max_steps)
     if name == "exponential":       # the range test: from 1e-4 of the peak up to it, without the two ratios
         return lambda step: 1e-4 ** (1 - step / max(1, max_steps - 1))
     if name == "plateau":
         return Plateau(warmup_steps, min_lr_ratio)
+    shape = SHAPES[name]
 
     def factor(step):
         if step < warmup_steps:
             return (step + 1) / warmup_steps    # the last step of the warm-up is the first at the peak
         progress = (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps)
-        return SHAPES[name](min(1.0, progress), min_lr_ratio)
+        return shape(min(1.0, progress), min_lr_ratio)
     return factor
 
 class Plateau:

@@ -3,16 +3,17 @@ import csv
 import os
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import plot
 import train
 from model import ModelConfig, Transformer
-from optim import SGD, AdamW, adamw_preconditioner, build_optimizer, stability_threshold, top_eigenvalue
+from optim import (SGD, AdamW, adamw_update, build_optimizer, flat, measure_sharpness, stability_threshold,
+                   top_eigenvalue)
 
 SIZES = dict(vocab_size=16, context_length=8, n_layers=1, n_heads=2, d_model=4, d_ff=6)
 DENSE = ModelConfig(**SIZES)
@@ -60,76 +61,80 @@ def test_a_direction_that_overtakes_the_last_eigenvector_is_found():
     assert value == pytest.approx(6, rel=1e-3)
 
 
-def test_a_space_of_one_product_a_zero_and_an_overflow():
+def test_a_space_of_one_product_and_an_overflow():
     start = torch.ones(5)
     assert top_eigenvalue(lambda v: 3 * v, start)[0] == pytest.approx(3)
-    assert top_eigenvalue(lambda v: 0 * v, start)[0] == 0
-    value, vector, reached = top_eigenvalue(lambda v: torch.inf * v, start)
-    assert np.isnan(value) and np.isnan(reached) and not vector.any()
+    for bad in (torch.inf, torch.nan):
+        value, vector, reached = top_eigenvalue(lambda v: bad * v, start)
+        assert np.isnan(value) and np.isnan(reached) and not vector.any()
 
 
-def full_hessian(model, x, y):
-    """A row at a time, and the gradient, both in the order of model.parameters()."""
-    params = list(model.parameters())
-    grads = torch.autograd.grad(model(x, y)[1], params, create_graph=True)
-    gradient = train.flat(grads)
+def full_hessian(model, params, x, y):
+    """A row at a time, and the gradient, both in the order of params."""
+    with sdpa_kernel(SDPBackend.MATH):
+        grads = torch.autograd.grad(model(x, y)[1], params, create_graph=True)
+    gradient = flat(grads)
     rows = []
     for unit in torch.eye(len(gradient)):
-        rows.append(train.flat(torch.autograd.grad(gradient, params, unit, retain_graph=True)))
-    return torch.stack(rows), [g.detach() for g in grads]
+        rows.append(flat(torch.autograd.grad(gradient, params, unit, retain_graph=True)))
+    return torch.stack(rows), gradient.detach()
+
+
+def inverse_preconditioner(optimizers, gradient, clip):
+    """What AdamW's next update, of lr 1, moves weights by whose averaged gradient becomes 1: found by taking it."""
+    g = gradient.double()
+    g = g * min(1, clip / g.norm())
+    v = flat([v for optimizer in optimizers for v in optimizer.state["vs"]]).double()
+    step = optimizers[0].state["step"].double()
+    w = torch.zeros_like(g)
+    m = (1 - 0.1 * g) / 0.9
+    adamw_update([w], [g], [m], [v], step, lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    return -w.float()
 
 
 @pytest.mark.parametrize("config, name", [(DENSE, "sgd"), (DENSE, "adamw"), (DENSE, "muon"), (MOE, "adamw")])
 def test_against_the_full_hessian(config, name):
     torch.manual_seed(0)
     model = Transformer(config)
-    args = SimpleNamespace(optimizer=name, grad_clip=0.1, balance_weight=0.01, momentum=0.0, beta1=0.9)
     optimizers = build_optimizer(model, name, lr=0.03)
     x, y = torch.randint(config.vocab_size, (2, 4, config.context_length))
-    step = train.make_step(model.losses, optimizers, model, args)
     for _ in range(10):
-        step(x[None], y[None])
+        model(x, y)[1].backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        for optimizer in optimizers:
+            optimizer.step((0.1 / norm).clamp(max=1))
+            optimizer.zero_grad()
     before = [p.detach().clone() for p in model.parameters()]
+    precise = torch.get_float32_matmul_precision()
+
+    model.dtype = torch.bfloat16        # it is measured in float32 and without dropout
+    for block in model.blocks:
+        block.dropout.p = block.attention.dropout = 0.5
     vectors = {}
-    cells = train.measure_sharpness(model, optimizers, x, y, args, 0.03, vectors)
-    again = train.measure_sharpness(model, optimizers, x, y, args, 0.03, vectors)
+    settings = dict(name=name, lr=0.03, momentum=0.0, beta1=0.9, grad_clip=0.1, vectors=vectors)
+    cells = measure_sharpness(model, optimizers, x, y, **settings)
+    again = measure_sharpness(model, optimizers, x, y, **settings)
     assert all(p.grad is None for p in model.parameters()) and model.training
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+    assert model.dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == precise
 
-    H, grads = full_hessian(model, x, y)
+    model.dtype = torch.float32
+    model.eval()
+    params = [p for optimizer in optimizers for p in optimizer.params]
+    H, gradient = full_hessian(model, params, x, y)
     assert torch.allclose(H, H.T, atol=1e-4)
     tops = {"sharpness": torch.linalg.eigvalsh(H)[-1].item()}
     if name == "adamw":
-        clip = min(1, 0.1 / train.flat(grads).norm().item())
-        gradients = {p: g * clip for p, g in zip(model.parameters(), grads)}
-        P = {}
-        for optimizer in optimizers:
-            vs, step = optimizer.state["vs"], optimizer.state["step"]
-            clipped = [gradients[p] for p in optimizer.params]
-            P.update(zip(optimizer.params, adamw_preconditioner(clipped, vs, step, (0.9, 0.95), 1e-8)))
-        D = train.flat(P[p] for p in model.parameters()) ** -0.5
+        D = inverse_preconditioner(optimizers, gradient, 0.1) ** 0.5
         tops["preconditioned_sharpness"] = torch.linalg.eigvalsh(D[:, None] * H * D)[-1].item()
     for found in (cells, again):
-        assert {key: found[key] for key in tops} == pytest.approx(tops, rel=1e-3)
+        assert {key: found[key] for key in tops} == pytest.approx(tops, rel=2e-3)
         assert found.keys() == {*tops, "stability_threshold", "sharpness_tolerance"}
         assert found["sharpness_tolerance"] <= 0.003
 
 
 # ----------------------------------------------------------------------------------------------------
 # The thresholds
-
-def test_the_preconditioner_is_that_of_the_next_update():
-    torch.manual_seed(0)
-    w = torch.randn(30, requires_grad=True)
-    optimizer = AdamW([w], lr=0.1, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0)
-    state = optimizer.state
-    for _ in range(5):
-        w.grad = torch.randn(30)
-        [P] = adamw_preconditioner([w.grad], state["vs"], state["step"], (0.9, 0.95), 1e-3)
-        before = w.detach().clone()
-        optimizer.step()
-        torch.testing.assert_close(before - w.detach(), 0.1 * state["ms"][0] / P, rtol=1e-3, atol=1e-5)
-
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("factor, diverges", [(0.98, False), (1.02, True)])
@@ -154,9 +159,9 @@ def test_adamw_with_its_preconditioner_held_fixed(factor, diverges):
     threshold = stability_threshold("adamw", lr, None, 0.9)
     assert threshold == pytest.approx(38 / lr)
     w = torch.ones(1, requires_grad=True)
-    optimizer = AdamW([w], lr=lr, betas=(0.9, 1 - 1e-12), eps=0.0, weight_decay=0.0)
+    optimizer = AdamW([w], lr=lr, betas=(0.9, 1 - 1e-7), eps=0.0, weight_decay=0.0)
     optimizer.state["step"].fill_(1e9)
-    optimizer.state["vs"][0].fill_(1e-3)      # 1 - beta2^t, so that v^ is 1
+    optimizer.state["vs"][0].fill_(1.0)       # beta2^t is 0, so that v^ is 1
     w.data.fill_(1e-9)
     for _ in range(2000):
         w.grad = factor * threshold * w.detach()
@@ -204,16 +209,11 @@ def run(out, *flags):
     return training, measured
 
 
-FLAGS = {
-    "adamw": ["--dropout", "0.1"],
-    "muon": ["--n-experts", "4", "--dtype", "bfloat16"],
-    "sgd": ["--momentum", "0", "--full-batch"],
-}
-
-
-@pytest.mark.parametrize("name", FLAGS)
-def test_measuring_changes_no_figure_and_a_resumed_run_repeats_it(name, monkeypatch):
-    flags = ["--optimizer", name, *FLAGS[name]]
+@pytest.mark.parametrize("name, flags", [
+    ("adamw", "--dropout 0.1 --n-experts 4 --dtype bfloat16"),
+    ("sgd", "--momentum 0 --full-batch")])
+def test_measuring_changes_no_figure_and_a_resumed_run_repeats_it(name, flags, monkeypatch):
+    flags = ["--optimizer", name, *flags.split()]
     plain, nothing = run(name + "-plain", *flags)
     rows, measured = run(name, *flags, "--sharpness", "4")
     assert rows == plain and not nothing
@@ -225,17 +225,17 @@ def test_measuring_changes_no_figure_and_a_resumed_run_repeats_it(name, monkeypa
         assert float(row["sharpness"]) > 0
         assert float(row["sharpness_tolerance"]) <= 0.003
         assert row["lr"] == row["val_loss"] == row["train_loss"] == ""
-        assert bool(row["stability_threshold"]) == (name != "muon")
-        assert bool(row["preconditioned_sharpness"]) == (name == "adamw")
+        assert bool(row["stability_threshold"])
+        assert bool(row.get("preconditioned_sharpness")) == (name == "adamw")
 
     measure = train.measure_sharpness
     calls = []
 
-    def die(*args):
+    def die(*args, **settings):
         calls.append(args)
         if len(calls) == 3:     # at step 8, after the checkpoint of step 5
             raise AssertionError("killed")
-        return measure(*args)
+        return measure(*args, **settings)
     monkeypatch.setattr(train, "measure_sharpness", die)
     with pytest.raises(AssertionError):
         run(name + "-killed", *flags, "--sharpness", "4")
@@ -243,18 +243,8 @@ def test_measuring_changes_no_figure_and_a_resumed_run_repeats_it(name, monkeypa
     assert len(calls) == 4
 
 
-def test_pictures(folder):
-    runs = []
-    for lr in ("0.01", "0.1", "1e9"):       # the last one diverges
-        run(f"lr{lr}", "--optimizer", "sgd", "--sharpness", "2", "--grad-clip", "0", "--lr", lr)
-        runs.append(plot.read_run(folder / f"lr{lr}"))
-    assert (folder / "lr0.01/sharpness.png") in plot.draw_run(folder / "lr0.01")
-    measured = np.isfinite(runs[0]["metrics"]["sharpness_ratio"])
-    assert list(runs[0]["metrics"]["step"][measured]) == [0, 2, 4, 6, 8, 10]
-    assert len(runs[0]["train"]["step"]) == 12
-    for one in runs:
-        one.update(status=one["summary"]["status"], setting="")
-    look = plot.looks(runs)
-    pictures = [plot.draw_curves(runs, look, ["sharpness", "train_loss"]), plot.draw_edge(runs, look)]
-    for i, fig in enumerate(pictures):
-        assert len(fig.axes) == 2 and plot.save(fig, folder / f"{i}.png").exists()
+def test_the_picture_of_a_run(folder):
+    run("pictured", "--optimizer", "sgd", "--sharpness", "2", "--grad-clip", "0", "--lr", "0.01")
+    assert (folder / "pictured/sharpness.png") in plot.draw_run(folder / "pictured")
+    metrics = plot.read_run(folder / "pictured")["metrics"]
+    assert list(metrics["step"][np.isfinite(metrics["sharpness"])]) == [0, 2, 4, 6, 8, 10]
