@@ -61,12 +61,12 @@ say_once = lru_cache(say)
 
 # GPT-2 writes each byte as a printable character: its own of Latin-1 or, where that has none, U+0100 and on.
 spare = map(chr, range(256, 512))
-BYTE_TO_CHAR = {b: chr(b) if b > 32 and chr(b).isprintable() else next(spare) for b in range(256)}
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+BYTE_TO_CHAR = [chr(b) if b > 32 and chr(b).isprintable() else next(spare) for b in range(256)]
+CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 
 # How a tokenizer.json says what a piece is: as GPT-2 has it, in older files, and with each digit for itself.
-GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 OLD = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+GPT2 = {**OLD, "use_regex": True}
 COSMO2 = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2]}
 PLAIN = {"type", "vocab", "merges", "unk_token", "id", "content", "special", "normalized"}  # its other keys
 
@@ -118,7 +118,7 @@ class Tokenizer:
         self.eot = self.special[EOT]
         self.single_digits = spec["pre_tokenizer"] == COSMO2
         unknown = vocab.get(model.get("unk_token"))  # None: a byte that is no token is left out
-        self.byte_ids = [vocab.get(char, unknown) for char in BYTE_TO_CHAR.values()]
+        self.byte_ids = [vocab.get(char, unknown) for char in BYTE_TO_CHAR]
         self.bytes = [b""] * self.vocab_size  # of each id
         for token, i in vocab.items():
             special = token in self.special
@@ -167,7 +167,7 @@ def train_bpe(piece_counts, vocab_size):
     """Learn merges from {piece: how often}, until there are vocab_size tokens or no pair occurs twice. The
     most frequent pair goes first; of equals the one with the lower ids, as in the `tokenizers` library."""
     tokens = [EOT, *sorted(CHAR_TO_BYTE)]
-    byte_ids = [tokens.index(char) for char in BYTE_TO_CHAR.values()]
+    byte_ids = [tokens.index(char) for char in BYTE_TO_CHAR]
     words = [[-1, *map(byte_ids.__getitem__, piece.encode()), -1] for piece in piece_counts]  # -1: its ends
     frequency = list(piece_counts.values())
     counts = Counter()  # of each pair
@@ -347,8 +347,11 @@ def read_all(files):
         except (OSError, ValueError):
             left_out.append(path)
     if left_out:
-        say(f"left out, as they are no UTF-8 text: {len(left_out)} files, first {left_out[0]!r} (gunzip a .gz, "
-            "convert UTF-16 or Latin-1 with iconv -f UTF-16 or -f LATIN1 -t UTF-8)", sys.stderr)
+        line = (f"no UTF-8 text: {len(left_out)} files, first {left_out[0]!r} (gunzip a .gz, convert UTF-16 or "
+                "Latin-1 with iconv -f UTF-16 or -f LATIN1 -t UTF-8)")
+        if not documents:
+            raise DataError(line)
+        say(f"left out: {line}", sys.stderr)
     if len(documents) == 1:
         size = min(max(len(documents[0]) // 64, 128), 8192)
         cut = re.findall(rf"(?s).{{1,{size}}}(?<=\n)|.{{1,{size}}}", documents[0])
@@ -361,12 +364,12 @@ def choose_validation(documents):
     """The set of documents to validate on: of the lowest hashes, those that fit into 5% of the bytes."""
     sizes = {document: len(document.encode()) for document in documents}
     room = sum(sizes.values()) // 20
-    chosen = set(sorted(sizes, key=sizes.get)[:1])  # at least the smallest
+    chosen = set()
     for document in sorted(sizes, key=lambda document: hashlib.blake2b(document.encode()).digest()):
         if sizes[document] <= room:
             chosen.add(document)
             room -= sizes[document]
-    return chosen
+    return chosen or set(sorted(sizes, key=sizes.get)[:1])  # of a few large ones the smallest
 
 def count(batch):
     """How often each piece occurs in some documents."""
