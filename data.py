@@ -2,20 +2,17 @@
 Text in, batches of token ids out.
 
 A corpus is a list of documents. Those with the lowest hashes, 5% of the bytes, are for validation; byte pair
-encoding (BPE) is trained on the others; both become flat files of 16-bit token ids, with <|endoftext|> after
-each document. Training reads windows at places that (seed, step) alone determine.
+encoding (BPE; Sennrich et al. 2016, on bytes Radford et al. 2019) is trained on the others. It starts from
+the 256 bytes, and again and again makes the most frequent pair of neighbours a new token. Merges never cross a
+piece, such as a word with its leading space: equal pieces are counted and merged once, which makes it fast.
 
-BPE (Sennrich et al. 2016; on bytes: Radford et al. 2019) starts from the 256 bytes, and again and again makes
-the most frequent pair of neighbours a new token. Merges never cross a piece: a word with its leading space, a
-number, a run of punctuation. So equal pieces are counted and merged once: plain Python is fast enough.
+    python data.py stdlib                         # the running Python's own library: no network
+    python data.py my.txt --vocab-size 1000       # or .jsonl with a "text" a line, or a folder of files
+    python data.py tinystories --tokens 40000000  # from the Hugging Face hub, as much as so many tokens need
 
-    python data.py stdlib                      # the running Python's own library: no network
-    python data.py my.txt --vocab-size 1000    # or a .jsonl with a "text" in each line, or a folder of files
-    python data.py tinystories --tokens 4e7    # from the Hugging Face hub, as much as 40 M tokens need
-
-prepares a corpus under data/ and shows what a model will see. tokenizer.json is one for the `tokenizers` library
-too, with the same ids, but for pieces of over 1,000 characters and letters newer than this Python's Unicode.
-HF_ENDPOINT in the environment is a mirror of the hub, HF_ROWS_ENDPOINT one of its server of rows (cosmopedia).
+prepares a corpus under data/ and shows what a model will see. Ids are those of Hugging Face's `tokenizers`, but
+for pieces of over 1,000 characters and letters newer than this Python's Unicode. Environment: HF_TOKEN,
+HF_ENDPOINT (a mirror of the hub), HF_ROWS_ENDPOINT (of its server of rows, for cosmopedia).
 """
 
 import argparse
@@ -33,12 +30,10 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
-from http.client import HTTPException
 from itertools import chain
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -51,7 +46,7 @@ class DataError(ValueError):
     """Bad input, in one line: what is wrong, with which value, and what to do."""
 
 def say(line, file=None):
-    """Print a line, whatever the console: what it cannot show is escaped, and one that is gone gets nothing."""
+    """Print a line, whatever the console: what it cannot show is escaped, one that is gone gets nothing."""
     file = file or sys.stdout
     try:
         encoding = file.encoding or "utf-8"
@@ -66,13 +61,14 @@ say_once = lru_cache(say)
 
 # GPT-2 writes each byte as a printable character: its own of Latin-1 or, where that has none, U+0100 and on.
 spare = map(chr, range(256, 512))
-BYTE_TO_CHAR = {b: chr(b) if b > 32 and chr(b).isprintable() else next(spare) for b in range(256)}
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+BYTE_TO_CHAR = [chr(b) if b > 32 and chr(b).isprintable() else next(spare) for b in range(256)]
+CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 
-# How a tokenizer.json says what a piece is: GPT-2's, in older files, and with each digit for itself.
-GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+# How a tokenizer.json says what a piece is: as GPT-2 has it, in older files, and with each digit for itself.
 OLD = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+GPT2 = {**OLD, "use_regex": True}
 COSMO2 = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2]}
+PLAIN = {"type", "vocab", "merges", "unk_token", "id", "content", "special", "normalized"}  # its other keys
 
 def pieces(text, single_digits=False):
     r"""A list of str: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ of GPT-2.
@@ -101,26 +97,28 @@ class Tokenizer:
     """Byte-level BPE from the content of a tokenizer.json. vocab_size: 1 + the largest id. DataError, which
     names the part, where the `tokenizers` library could give other ids."""
     def __init__(self, spec):
-        model, added = spec["model"], spec.get("added_tokens") or []
+        model, added = spec["model"], spec["added_tokens"]
         self.spec = spec
         self.special = {token["content"]: token["id"] for token in added}
-        vocab = dict(model["vocab"]) | self.special
+        odd = {key for part in [model, *added] for key in part if part[key]} - PLAIN
+        if model.get("type", "BPE") != "BPE":
+            odd.add("type")
+        if spec.get("pre_tokenizer") not in (GPT2, OLD, COSMO2):
+            odd.add("pre_tokenizer")
+        if spec.get("normalizer"):
+            odd.add("normalizer")
+        if EOT not in self.special or "" in self.special:
+            odd.add("added_tokens")
+        if odd:
+            raise DataError(f"its {', '.join(sorted(odd))} may give other ids here")
+        vocab = model["vocab"] | self.special
         self.vocab_size = max(vocab.values()) + 1
-        added_flags = [token.get(flag) for token in added for flag in ("single_word", "lstrip", "rstrip")]
-        refused = {
-            "pre_tokenizer": spec.get("pre_tokenizer") not in (GPT2, OLD, COSMO2),
-            "normalizer": spec.get("normalizer"),
-            "added_tokens": EOT not in self.special or "" in self.special or any(added_flags),
-            "model.type": model.get("type", "BPE") != "BPE",  # older files have none
-            "model.vocab": min(vocab.values()) < 0 or self.vocab_size > 65536}
-        for key in model.keys() - {"type", "vocab", "merges", "unk_token"}:
-            refused[f"model.{key}"] = model[key]
-        if any(refused.values()):
-            raise DataError("not known how to read its " + ", ".join(filter(refused.get, refused)))
+        if self.vocab_size > 65536:
+            raise DataError("its vocab has ids of more than 16 bits")
         self.eot = self.special[EOT]
         self.single_digits = spec["pre_tokenizer"] == COSMO2
         unknown = vocab.get(model.get("unk_token"))  # None: a byte that is no token is left out
-        self.byte_ids = [vocab.get(char, unknown) for char in BYTE_TO_CHAR.values()]
+        self.byte_ids = [vocab.get(char, unknown) for char in BYTE_TO_CHAR]
         self.bytes = [b""] * self.vocab_size  # of each id
         for token, i in vocab.items():
             special = token in self.special
@@ -130,7 +128,7 @@ class Tokenizer:
         for merge in model["merges"]:
             first, second = merge.split(" ") if isinstance(merge, str) else merge
             if first + second in used:
-                raise DataError(f"its model.merges use {first + second!r} before they make it")
+                raise DataError(f"its merges are out of order: {first + second!r} is used before it is made")
             used |= {first, second}
             self.merges[vocab[first], vocab[second]] = len(self.merges), vocab[first + second]
         longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
@@ -169,7 +167,7 @@ def train_bpe(piece_counts, vocab_size):
     """Learn merges from {piece: how often}, until there are vocab_size tokens or no pair occurs twice. The
     most frequent pair goes first; of equals the one with the lower ids, as in the `tokenizers` library."""
     tokens = [EOT, *sorted(CHAR_TO_BYTE)]
-    byte_ids = [tokens.index(char) for char in BYTE_TO_CHAR.values()]
+    byte_ids = [tokens.index(char) for char in BYTE_TO_CHAR]
     words = [[-1, *map(byte_ids.__getitem__, piece.encode()), -1] for piece in piece_counts]  # -1: its ends
     frequency = list(piece_counts.values())
     counts = Counter()  # of each pair
@@ -235,32 +233,33 @@ def receive(url, file, n_bytes):
             raise ConnectionError(f"{response.length:,} bytes of the answer are missing")
 
 def download(url, path, n_bytes=10**15):
-    """Fetch a text file, or its first n_bytes, to path, unless it is there, fetched or put there by hand. It
-    arrives in path.part, whose length says where the next attempt, or the next run, goes on."""
+    """Fetch a text file, or its first n_bytes, unless it is there. It arrives in path.part, whose length says
+    where the next attempt, or the next run, goes on."""
+    if path.exists():
+        return path
     part = path.with_name(path.name + ".part")
     for wait in 2, 4, 8, 16, 32, 0:  # seconds before the next attempt; 0: there is none
-        if path.exists():
-            return path
         with open(part, "ab") as raw, tqdm.wrapattr(raw, "write", desc=path.name, disable=QUIET) as file:
             try:
-                if file.tell() < n_bytes:
-                    receive(url, file, n_bytes)
-                return part.replace(path)
-            except (URLError, HTTPException, ConnectionError, TimeoutError, ValueError) as e:
-                status = getattr(e, "code", 500 if file.tell() else 400)  # no network, if nothing ever came
+                receive(url, file, n_bytes)
+                break
+            except Exception as e:  # anything can go wrong in a network
+                status = getattr(e, "code", 0)
+                hopeless = not file.tell() and status < 500  # nothing ever came
                 if status == 429:  # too many requests; for how long is said as `60` or as `"api";r=0;t=60`
                     said = e.headers.get("Retry-After") or e.headers.get("RateLimit") or ""
-                    seconds = int(re.search(r"\d*$", said)[0] or 0)
-                    wait = seconds if wait and seconds <= 300 else 0
-                    e = f"limited, run again in {seconds or 300} s: what came is kept"
-                    say(f"{path.name}: the server asks to wait for {seconds or 300} s", sys.stderr)
-                elif status < 500 and status != 408:
-                    file.truncate(0)  # what is here may be wrong: next time from the beginning
-                    wait = 0
-                if not wait or isinstance(e, ValueError):
+                    seconds = int(re.search(r"\d*$", said)[0] or 300)
+                    hopeless = seconds >= 300
+                    e = f"limited, run again in {seconds} s"
+                    wait = wait and seconds
+                elif 400 <= status < 500:  # it refuses to go on from here: from the beginning
+                    file.seek(file.truncate(0))
+                if hopeless or not wait:
                     raise DataError(f"cannot fetch {path.name} from {url} ({e}): put it at {path} by hand, "
                                     "or use --data stdlib, which needs no network") from None
+                say(f"{path.name}: {e}; going on in {wait} s", sys.stderr)
         time.sleep(wait)
+    return part.replace(path)
 
 def tinystories(folder, megabytes, vocab_size):
     """Short stories in the words of small children (Eldan & Li 2023), as GPT-4 wrote them: 2.2 GB."""
@@ -277,15 +276,14 @@ def cosmopedia(folder, megabytes, vocab_size):
     if vocab_size == 49_152:
         published = f"{HUB}/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json"
         tokenizer = Tokenizer.load(download(published, folder / "cosmo2-tokenizer.json"))
-    say(f"cosmopedia: about {3 * megabytes + 1} requests, less those that are here; the server allows 500 in "
-        "5 minutes", sys.stderr)
+    n = 3 * megabytes + 1
+    say(f"cosmopedia: about {n} requests, less what is here; 500 in 5 minutes are allowed", sys.stderr)
     url = f"{ROWS}/rows?dataset=HuggingFaceTB%2Fsmollm-corpus&config=cosmopedia-v2&split=train&length=100"
     for offset in range(0, 10**9, 100):
         page = download(f"{url}&offset={offset}", folder / f"cosmopedia-v2-rows-{offset}.json")
         try:
-            rows = json.loads(page.read_bytes())["rows"]
-            whole = [row["row"] or {} for row in rows if not row.get("truncated_cells")]
-            text += EOT.join([*(row.get("text") or "" for row in whole), ""])
+            rows = [row["row"] or {} for row in json.loads(page.read_bytes())["rows"]]
+            text += EOT.join([*(row.get("text") or "" for row in rows), ""])
         except Exception as e:
             page.unlink()
             raise DataError(f"{ROWS} sent no rows of text ({e!r}): try again, or use --data stdlib") from None
@@ -307,10 +305,10 @@ def files_of(name):
     found = [root]
     for folder, subfolders, names in os.walk(root):
         if ".lock" in names:
-            names, subfolders[:] = [], []
+            names = subfolders[:] = []
         subfolders[:] = [name for name in subfolders if not re.fullmatch(skip, name)]
-        text = [name for name in names if name.endswith(suffix) and not re.fullmatch(skip, name)]
-        found += [os.path.join(folder, name) for name in text]
+        texts = [name for name in names if name.endswith(suffix) and not re.fullmatch(skip, name)]
+        found += [os.path.join(folder, name) for name in texts]
         for link in filter(os.path.islink, [os.path.join(folder, name) for name in subfolders]):
             say_once(f"not followed: {link!r} is a link to a folder", sys.stderr)
     found = sorted(filter(os.path.isfile, found))
@@ -340,8 +338,8 @@ def read(path):
     return documents_in(text)
 
 def read_all(files):
-    """All documents. A lone file that is one document is cut at ends of lines, so that its validation side is
-    neighbours of training text."""
+    """The documents of all files. A lone one is cut at ends of lines: its validation side is neighbours of
+    training text."""
     documents, left_out = [], []
     for path in files:
         try:
@@ -349,9 +347,12 @@ def read_all(files):
         except (OSError, ValueError):
             left_out.append(path)
     if left_out:
-        say(f"left out, as they are no UTF-8 text: {len(left_out)} files, first {left_out[0]!r} (gunzip a .gz; "
-            "iconv -f UTF-16 -t UTF-8, or -f LATIN1, converts others)", sys.stderr)
-    if len(files) == len(documents) == 1:
+        line = (f"no UTF-8 text: {len(left_out)} files, first {left_out[0]!r} (gunzip a .gz, convert UTF-16 or "
+                "Latin-1 with iconv -f UTF-16 or -f LATIN1 -t UTF-8)")
+        if not documents:
+            raise DataError(line)
+        say(f"left out: {line}", sys.stderr)
+    if len(documents) == 1:
         size = min(max(len(documents[0]) // 64, 128), 8192)
         cut = re.findall(rf"(?s).{{1,{size}}}(?<=\n)|.{{1,{size}}}", documents[0])
         documents = documents_in(EOT.join(cut))
@@ -363,12 +364,12 @@ def choose_validation(documents):
     """The set of documents to validate on: of the lowest hashes, those that fit into 5% of the bytes."""
     sizes = {document: len(document.encode()) for document in documents}
     room = sum(sizes.values()) // 20
-    chosen = set(sorted(sizes, key=sizes.get)[:1])  # at least the smallest
+    chosen = set()
     for document in sorted(sizes, key=lambda document: hashlib.blake2b(document.encode()).digest()):
         if sizes[document] <= room:
             chosen.add(document)
             room -= sizes[document]
-    return chosen
+    return chosen or set(sorted(sizes, key=sizes.get)[:1])  # of a few large ones the smallest
 
 def count(batch):
     """How often each piece occurs in some documents."""
@@ -454,7 +455,7 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
         files = files_of(name)
         label = re.sub(r"[^\w.-]+", "_", os.path.basename(os.path.abspath(name)))[:40]
         content = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
-    source = hashlib.sha256(repr((2, content)).encode()).hexdigest()  # 2: how text is prepared has changed once
+    source = hashlib.sha256(repr((2, content)).encode()).hexdigest()  # 2: text was prepared otherwise before
     folder = cache / f"{label}-{source[:8]}-{vocab_size}"
     try:
         with lock(folder, wait=True):  # of several processes one prepares it
@@ -504,48 +505,44 @@ def lock(folder, wait=False):
     print(os.getpid(), end="", file=file, flush=True)
     return file
 
-def windows(tokens, context_length):
-    """(len(tokens) - context_length, context_length + 1): every window, as a view."""
+def batch_at(tokens, starts, context_length):
+    """x, y: (B, T) int64 tensors on the CPU, the windows of tokens that start at starts (B,); y one later."""
+    import torch  # not on top: the processes that prepare a corpus need none
+    both = tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64)
+    return torch.from_numpy(both[:, :-1].copy()), torch.from_numpy(both[:, 1:].copy())
+
+def count_windows(tokens, context_length):
     if len(tokens) <= context_length:
         raise DataError(f"only {len(tokens):,} tokens: use --context-length {len(tokens) - 1} or less")
-    return np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)
-
-def inputs_and_targets(chosen):
-    """x, y: (B, T) int64 tensors on the CPU from windows (B, T + 1), y one token later."""
-    import torch  # not on top: the processes that prepare a corpus need none
-    both = torch.from_numpy(chosen.astype(np.int64))
-    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+    return len(tokens) - context_length
 
 def get_batch(tokens, batch_size, context_length, seed, step):
     """x, y: (batch_size, context_length) int64, drawn by a counter-based generator (Philox, Salmon et al.
     2011) with the key (seed, step): every rate sees the same batches, and resuming needs no state of it."""
-    every = windows(tokens, context_length)
     random = np.random.Generator(np.random.Philox(key=seed % 2**64 + (step << 64)))
-    return inputs_and_targets(every[random.integers(0, len(every), batch_size)])
+    starts = random.integers(0, count_windows(tokens, context_length), batch_size)
+    return batch_at(tokens, starts, context_length)
 
 def val_windows(tokens, context_length, max_tokens):
     """x, y: (W, context_length) int64: always the same windows, evenly spread and apart; W >= 1."""
-    apart = windows(tokens, context_length)[::context_length]
-    n = min(max(max_tokens // context_length, 1), len(apart))
-    return inputs_and_targets(apart[np.arange(n) * len(apart) // n])
+    starts = np.arange(0, count_windows(tokens, context_length), context_length)
+    n = min(max(max_tokens // context_length, 1), len(starts))
+    return batch_at(tokens, starts[np.arange(n) * len(starts) // n], context_length)
 
 def main():
     parser = argparse.ArgumentParser(description="Prepare a corpus and show what a model will see.")
     parser.error = lambda message: sys.exit(say(f"data.py: {message}", sys.stderr) or 2)
     parser.add_argument("name", nargs="?", default="stdlib", help="stdlib, tinystories, cosmopedia or a path")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens, at most (default: %(default)s)")
-    parser.add_argument("--tokens", type=float, default=1e6, help="to fetch from the network (default: 1e6)")
+    parser.add_argument("--tokens", type=int, default=10**6, help="to fetch (default: %(default)s)")
     parser.add_argument("--cache", default="data", help="folder of prepared corpora (default: %(default)s)")
     args = parser.parse_args()
-    if not 1 <= args.tokens <= 1e12:
-        parser.error(f"--tokens {args.tokens:g}: use a number from 1 to 1e12")
     try:
-        corpus = load(args.name, args.vocab_size, int(args.tokens), args.cache)
+        corpus = load(args.name, args.vocab_size, args.tokens, args.cache)
     except DataError as e:
         parser.error(e)
-    say(f"{corpus.folder}: " + ", ".join(f"{key} {value}" for key, value in corpus.meta.items()))
-    say("The validation text begins (| between tokens):")
-    say("|".join(corpus.tokenizer.decode([i]) for i in corpus.val[:150]))
+    say(f"{corpus.folder}: {corpus.meta}")
+    say("Validation, | between tokens: " + "|".join(corpus.tokenizer.decode([i]) for i in corpus.val[:150]))
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a traceback; the workers follow

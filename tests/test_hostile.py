@@ -107,8 +107,7 @@ def test_train(line, capsys):
 
 DATA = """
 --tokens nan                       --tokens
---tokens -1                        --tokens
---tokens 1e300                     --tokens
+--tokens many                      --tokens
 --vocab-size 0                     257
 --vocab-size HUGE                  vocabulary
 nowhere                            nowhere
