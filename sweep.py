@@ -5,8 +5,8 @@
     python sweep.py --vary optimizer=adamw,muon any train.py flag, each value at its own best rate
     python sweep.py --dry-run                   the next round's commands, one a line: Slurm, xargs, Ray
 
-Loss against log rate is assumed to fall to one valley and rise again. A seed gives every rate the same initial
-weights and batches, so that differences between rates are paired: the seed's luck drops out.
+Loss against log rate is assumed to fall to one valley and rise again. A seed gives every rate the same
+initial weights and batches, so that differences between rates are paired: the seed's luck drops out.
 
     noise     residuals of loss[rate, seed] - mean of the rate - mean of the seed (Fisher 1935)
     worse     a rate is shown to be worse where its mean paired difference to the best is over t(df) s /
@@ -90,8 +90,8 @@ def paired(row, other):
     return [d for d in differences if isfinite(d)]
 
 def lowest(rows):
-    """The key in {key: {seed: loss}} that is lowest, over the seeds it shares with the fullest row: of those that
-    survived in all their seeds, of which one is not enough where others have more. None: none survived."""
+    """The key in {key: {seed: loss}} that is lowest, over the seeds it shares with the fullest row: of those
+    that survived in all their seeds; one seed is not enough where others have more. None: none survived."""
     alive = {key: row for key, row in rows.items() if max(row.values()) < inf}
     fullest = max(alive.values(), key=len, default={})
     leading = [key for key in alive if len(alive[key]) > 1 or len(fullest) == 1]
@@ -117,8 +117,8 @@ def half_width(differences, squares, df, k):
     return float(t_quantile(1 - 0.025 / k, df) * spread / sqrt(len(differences)))
 
 def compare_rates(table, best, margin=0.01):
-    """{rate: how it stands beside the best}. seems: worse, as far as perhaps a single run can tell; worse: shown
-    to be, which takes two pairs of runs, or two that diverged."""
+    """{rate: how it stands beside the best}. seems: worse, as far as perhaps a single run can tell; worse:
+    shown to be, which takes two pairs of runs, or two that diverged."""
     spread = noise(table, best)
     pairs = {lr: paired(row, table[best]) for lr, row in table.items()}
     k = max(1, sum(len(d) > 1 for d in pairs.values()) - 1)     # the best is not compared with itself
@@ -149,8 +149,8 @@ def limits(found, best, what="worse"):
     return low, min((lr for lr in rates if lr > best), default=inf)
 
 def compare_settings(tables, margin):
-    """{label: table} -> the label with the lowest loss at its best rate (None: all diverged), and how the others
-    stand beside it, each at its best rate (the comparisons of insights.json)."""
+    """{label: table} -> the label with the lowest loss at its best rate (None: all diverged), and how the
+    others stand beside it, each at its best rate (the comparisons of insights.json)."""
     best = {label: lowest(table) for label, table in tables.items() if lowest(table)}
     rows = {label: tables[label][lr] for label, lr in best.items()}
     winner = lowest(rows)
@@ -173,9 +173,6 @@ def compare_settings(tables, margin):
 
 # What to run next: from a setting's table to a list of (rate, seed), of which the new ones are run -
 
-def rounded(lr, digits):
-    return float(f"{lr:.{digits}g}")
-
 def edge_above(table, best):
     """What ends the search upward; "" where nothing does."""
     for lr in sorted(lr for lr in table if lr > best):
@@ -196,20 +193,24 @@ def outward(table, plan):
         low, high = limits(compare_rates(table, best), best, "seems")
         down = down or (low == 0 and len(table[first]) > 1)
         up = up or (high == inf and len(table[last]) > 1)
-    return start + [(rounded(first / 3, 1), 0)] * bool(down) + [(rounded(last * 3.3, 1), 0)] * bool(up)
+    lower, higher = float(f"{first / 3:.0e}"), float(f"{last * 3.3:.0e}")
+    return start + [(lower, 0)] * bool(down) + [(higher, 0)] * bool(up)
 
 def between(table, plan):
     """Midpoints, until the neighbours of the best rate are within a factor of 2: of 1.4 where settings are
-    compared, or where a parabola through the three can be lower than the best by more than the margin (that is
-    up to an eighth of what the two are worse, together). --refine halves these, on the log axis."""
+    compared, or where a parabola through the three can be lower than the best by more than the margin (by up
+    to an eighth of what the two are worse, together). --refine halves these, on the log axis."""
     best = lowest(table)
     if not best or not (plan.widen or plan.refine):
         return []
     around = neighbours(table, best)
     bend = sum(mean(paired(table[lr], table[best]) or [inf]) for lr in around) / 8
-    factor = 1.45 if len(plan.settings) > 1 or bend > plan.margin else 2.05     # rates have two digits
+    factor = 2.05   # rates have two digits
+    if len(plan.settings) > 1 or bend > plan.margin:
+        factor = 1.45
     far = [lr for lr in around if abs(log(lr / best)) > log(factor) / 2 ** plan.refine]
-    return [(rounded(np.clip(sqrt(best * lr), best / 2, best * 2), 2), 0) for lr in far]
+    middles = [np.clip(sqrt(best * lr), best / 2, best * 2) for lr in far]
+    return [(float(f"{lr:.2g}"), 0) for lr in middles]
 
 def seeds(table, plan):
     """For the best rate and its neighbours; then for all around it, up to the first that seem worse."""
@@ -266,7 +267,7 @@ def run_name(key):
     return re.sub(r"[^\w.+=,-]+", "_", f"{','.join(setting)}-lr{lr:g}-s{seed}".lstrip("-"))
 
 def read_runs(dir):
-    """The runs in a folder that made a step, with their loss: inf where it diverged, None while it goes on."""
+    """The runs in a folder that made a step, with their loss: inf if it diverged, None while it goes on."""
     runs = [run for run in plot.read_runs(dir) if len(run["train"]["step"])]
     for run in runs:
         loss = run["summary"].get("final_val_loss")
@@ -277,9 +278,9 @@ def read_runs(dir):
     return runs
 
 def refuse_mixture(runs, mix_code, made=None, settings=None):
-    """What a run was made with stands in its config.json. Dies at one with other data or (without mix_code) code
-    than made, which train.py --prepare said, or else than the first run; where settings are given, {setting:
-    args}, also at one whose args are not those of the place in the sweep that its name says."""
+    """What a run was made with stands in its config.json. Dies at one with other data or (without mix_code)
+    code than made, which train.py --prepare said, or else than the first run; where settings are given,
+    {setting: args}, also at one whose args are not those of the place in the sweep that its name says."""
     for run in runs:
         now = {**runs[0]["config"], **(made or {}), "args": {}}
         found = []
@@ -287,7 +288,7 @@ def refuse_mixture(runs, mix_code, made=None, settings=None):
             places = {run_name((setting, run["lr"], run["seed"])): setting for setting in settings}
             now["args"] = settings.get(places.get(run["name"]), {})
             found += ["rate, seed or setting than its name says"] * (run["name"] not in places)
-        for was in [run["config"], *(run["config"].get("resumes") or [])]:      # each with the code of its day
+        for was in [run["config"], *(run["config"].get("resumes") or [])]:  # each with the code of its day
             for part in ["args", "data"] + ["code"] * (not mix_code):
                 before = was.get(part) or {}
                 found += [name for name, value in (now.get(part) or {}).items()
@@ -378,8 +379,8 @@ def say_how_it_ended(process):
     loss = summary.get("final_val_loss") or nan     # null: it was not finite
     how = f"{summary.get('status')}, validation loss {loss:.4g}, {time.monotonic() - process.began:.0f} s"
     if code < 0:
-        how = (f"KILLED by {signal.Signals(-code).name}, from outside this program (out of memory? a time limit?). "
-               f"Its log is {log}; the same command goes on with it")
+        how = (f"KILLED by {signal.Signals(-code).name}, from outside this program (out of memory? a time "
+               f"limit?). Its log is {log}; the same command goes on with it")
     elif code > 128:
         how = "stopped"
     elif code:
@@ -404,8 +405,8 @@ def execute(plan, keys):
     """One round: runs, plan.jobs at a time, with one bar for all of them."""
     waiting, running, done = list(keys), {}, 0      # running: {slot: process}
     terminal = sys.stdout is not None and sys.stdout.isatty()
-    bar = tqdm(total=sum(plan.steps[setting] for setting, _, _ in keys), unit=" steps", ascii=True, leave=False,
-               dynamic_ncols=terminal, file=sys.stdout if terminal else io.StringIO())
+    bar = tqdm(total=sum(plan.steps[setting] for setting, _, _ in keys), unit=" steps", ascii=True,
+               leave=False, dynamic_ncols=terminal, file=sys.stdout if terminal else io.StringIO())
     shown = time.monotonic()
     try:
         while running or (waiting and not plan.stops):
@@ -437,7 +438,8 @@ def run_sweep(plan):
     if len(asked) > 1:      # each setting reads the corpus that the largest budget needs
         plan.flags += ["--data-tokens", str(max(answer["tokens"] for answer in asked.values()))]
     own = settings[plan.settings[0]]["lr"]
-    plan.lrs = [rounded(float(text.strip("x")) * (own if "x" in text else 1), 6) for text in plan.lrs]
+    times = [own if text.startswith("x") else 1 for text in plan.lrs]
+    plan.lrs = [float(f"{float(text.strip('x')) * by:g}") for text, by in zip(plan.lrs, times)]
     made = None
     if not plan.dry_run:
         made = ask_train(plan, plan.settings[0], "--prepare")
@@ -473,8 +475,8 @@ def print_commands(plan, keys):
 # Analysis: insights.json --------------------------------------------------------------------------
 
 def analyse(runs, margin=0.01, ended=""):
-    """All that the runs show. Sets each run's setting, those of its args in which the runs differ, and its steps
-    to the training loss that the worst surviving run ends with."""
+    """All that the runs show. Sets each run's setting, those of its args in which the runs differ, and its
+    steps to the training loss that the worst surviving run ends with."""
     flags = [flag for flag in runs[0]["args"] if flag not in FREE]
     varied = [flag for flag in flags if len({str(run["args"].get(flag)) for run in runs}) > 1]
     ends = [run["train"]["train_loss"][-1] for run in runs if run["loss"] not in (None, inf)]
@@ -490,7 +492,8 @@ def analyse(runs, margin=0.01, ended=""):
     use = None
     if winner is not None and not runs[0]["args"].get("full_batch"):
         [s] = [s for s in settings if s["label"] == winner]
-        use = dict(setting=winner, lr=s["best_lr"], low=s["low"], high=s["high"], seeds=s["seeds"], loss=s["best_loss"])
+        use = dict(setting=winner, lr=s["best_lr"], loss=s["best_loss"], low=s["low"], high=s["high"],
+                   seeds=s["seeds"])
     minutes = sum(run["summary"].get("seconds") or 0 for run in runs) / 60
     insights = dict(use=use, ended=ended, runs=len(runs), minutes=minutes, margin=margin, target_loss=target,
                     comparisons=comparisons, settings=settings)
@@ -501,8 +504,9 @@ def analyse_setting(label, table, runs, margin):
     best = lowest(table)
     found = compare_rates(table, best, margin) if best else {}
     rates = []
+    runs = [run for run in runs if run["setting"] == label and run["loss"] is not None]
     for lr in sorted(table):
-        row = analyse_rate([run for run in runs if (run["setting"], run["lr"]) == (label, lr) and run["loss"]])
+        row = analyse_rate([run for run in runs if run["lr"] == lr])
         rates.append(row | found.get(lr, dict(worse_by=None, half_width=None, verdict="diverged")))
     s = dict(label=label, rates=rates, summary=summarise([row for row in rates if not row["diverged"]]))
     if not best:
@@ -536,10 +540,11 @@ def summarise(rows):
 def analyse_rate(runs):
     alive = [run for run in runs if run["loss"] < inf]  # the means are of these
     states = [run["status"] for run in runs]
-    row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], status=max(states, key=plot.STATUSES.index),
+    losses = [run["loss"] for run in alive]
+    row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], val_loss=mean(losses),
+               deviation=deviation(losses), status=max(states, key=plot.STATUSES.index),
                unstable=states.count("unstable"), diverged=states.count("diverged"),
                runs=[[run["seed"], run["loss"], run["status"]] for run in runs],
-               deviation=deviation([run["loss"] for run in alive]), val_loss=mean(run["loss"] for run in alive),
                steps_to_loss=mean(run["steps_to_loss"] for run in alive),
                max_grad_norm=mean(run["summary"].get("max_grad_norm") for run in runs))
     for name in ("val_accuracy", "val_perplexity", "val_bpb"):
@@ -557,22 +562,22 @@ SAID = {"different": "the seeds show it.", "not shown": "the seeds do not show w
 
 def answer(s):
     """Which rate to use in a setting, and how sure that is."""
-    name = f"{s['best_lr']:g} {s['label']}".strip()
-    text = f"**Use {name}**: of the learning rates tried, it has the lowest validation loss, {s['best_loss']:.3f} "
+    text = "**Use {best_lr:g} {label}".format(**s).strip() + "**: of the learning rates tried, it has the "
+    text += "lowest validation loss, {best_loss:.3f} nats a token".format(**s)
     if s["seeds"] == 1:
-        return text + "nats a token, in its only run. One seed cannot tell a better rate from luck: add --seeds 3."
-    text += f"nats a token on average over {s['seeds']} seeds. "
+        return text + ", in its only run. One seed cannot tell a better rate from luck: add --seeds 3."
+    text += " on average over {seeds} seeds. ".format(**s)
     if s["low"] and s["high"]:
-        text += (f"The optimum lies between {s['low']:g} and {s['high']:g}, the nearest rates that are shown to "
-                 "be worse: by paired t-tests over the seeds, which hold together with 95%, or by two runs that "
+        text += "The optimum lies between {low:g} and {high:g}, the nearest rates that are shown to be ".format(**s)
+        text += ("worse: by paired t-tests over the seeds, which hold together with 95%, or by two runs that "
                  "diverged.")
     else:
-        sides = [side for side, limit in (("below", s["low"]), ("above", s["high"])) if not limit]
-        text += f"No rate {' or '.join(sides)} it is shown to be worse, so the optimum may lie far {' or '.join(sides)}."
-    close = [f"{row['lr']:g} ({row['worse_by']:+.3f})" for row in s["rates"]
-             if row["verdict"] in ("as good", "unclear")]
+        sides = " or ".join(["below"] * (not s["low"]) + ["above"] * (not s["high"]))
+        text += f"No rate {sides} it is shown to be worse, so the optimum may lie far {sides}."
+    close = [row for row in s["rates"] if row["verdict"] in ("as good", "unclear")]
     if close:
-        text += f" The seeds cannot tell it from {', '.join(close)}; in brackets, nats above the best."
+        rates = ", ".join("{lr:g} ({worse_by:+.3f})".format(**row) for row in close)
+        text += f" The seeds cannot tell it from {rates}; in brackets, nats above the best."
     return text
 
 def above_the_best(s):
@@ -580,7 +585,8 @@ def above_the_best(s):
     unstable, diverged, top = s["edge"]["unstable"], s["edge"]["diverged"], s["rates"][-1]
     text = ""
     if unstable:
-        text = "The first unstable rate above the best is {lr:g}, in {seeds} of {of} runs. ".format(**unstable)
+        text = "The first unstable rate above the best is {lr:g}, in {seeds} of {of} runs. "
+        text = text.format(**unstable)
     if diverged:
         least = diverged["survived"] / s["best_lr"]
         text += "Runs begin to diverge between {survived:g} and {lr:g}, ".format(**diverged)
@@ -591,15 +597,19 @@ def above_the_best(s):
         text += "No rate above the best was tried."
     return text
 
-def table_row(row):
-    worse_by = ""
-    if row["worse_by"] is not None and row["verdict"] != "best":
-        worse_by = f"{row['worse_by']:.4f}"
-    if row["half_width"] is not None and worse_by:
-        worse_by += f" ± {row['half_width']:.4f}"
-    loss, bpb = [f"{row[name]:.4f}" if row[name] else "" for name in ("val_loss", "val_bpb")]
-    cells = [f"{row['lr']:g}", str(len(row["seeds"])), loss, worse_by, row["verdict"], row["status"], bpb]
-    return f"| {' | '.join(cells)} |"
+def rates_table(rates):
+    """The rates of a setting in markdown."""
+    lines = ["| rate | seeds | loss | worse by | verdict | curves | bits a byte |", "|" + " --- |" * 7]
+    for row in rates:
+        numbers = [row[name] for name in ("val_loss", "worse_by", "half_width", "val_bpb")]
+        loss, worse_by, half_width, bpb = ["" if x is None else f"{x:.4f}" for x in numbers]
+        if half_width:
+            worse_by += f" ± {half_width}"
+        if row["verdict"] == "best":
+            worse_by = ""
+        cells = [f"{row['lr']:g}", str(len(row["seeds"])), loss, worse_by, row["verdict"], row["status"], bpb]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 def write_up(insights, unfinished=(), mix_code=False):
     """lr_sweep_analysis.md, the answer first. Every number in it comes out of insights."""
@@ -608,7 +618,7 @@ def write_up(insights, unfinished=(), mix_code=False):
     if use:
         text += [answer(s) for s in settings if s["label"] == use["setting"]]
     else:
-        text.append("No answer: no run survived; or all fit one batch, whose validation loss recommends no rate.")
+        text.append("No answer: no run survived, or all fit one batch, whose validation loss says little.")
     text.append("{runs} runs took {minutes:.1f} minutes. {ended}".format(**insights).strip())
     if unfinished:
         text.append(f"Left out, as they are not over or cannot be read: {', '.join(unfinished)}.")
@@ -623,11 +633,10 @@ def write_up(insights, unfinished=(), mix_code=False):
         text.append(f"## Learning rates {s['label']}".strip())
         if s["best_lr"]:
             text.append(above_the_best(s))
-        head = "| rate | seeds | loss | worse by | verdict | curves | bits a byte |\n|" + " --- |" * 7
-        text.append("\n".join([head, *map(table_row, s["rates"])]))
+        text.append(rates_table(s["rates"]))
         if s["summary"]["deviation"]:
-            text.append("The rates that survived in all their seeds end at {mean:.3f} nats on average (deviation "
-                        "{deviation:.3f}), from {best:.3f} to {worst:.3f}.".format(**s["summary"]))
+            text.append("The rates that survived in all their seeds end at {mean:.3f} nats on average "
+                        "(deviation {deviation:.3f}), from {best:.3f} to {worst:.3f}.".format(**s["summary"]))
     return "\n\n".join(text) + "\n"
 
 def write_csv(path, columns, rows):
@@ -700,30 +709,34 @@ def parse_vary(texts):
 def make_plan(argv):
     """The flags, checked, and what follows from them: flags and settings of the runs, dir, gpus, jobs."""
     p = argparse.ArgumentParser("sweep.py", allow_abbrev=False, add_help=False,
-                                description="All other flags are sent on to train.py (see python train.py --help).")
+                                description="All other flags are sent on to train.py: see train.py --help.")
     p.error = lambda message: die(f"{message}; see --help")
     add = p.add_argument_group("what to train").add_argument
-    add("--preset", default="tiny", help="a preset of train.py: tiny (the default), dense, dense-low, moe or your own")
+    add("--preset", default="tiny", help="tiny (the default), dense, dense-low, moe, or your own in model.py")
     add("--vary", action="append", default=[], metavar="FLAG=V1,V2",
-        help="compare values of any train.py flag, each at its own best learning rate; FLAG1,FLAG2=A:B,C:D for pairs")
+        help="compare values of a train.py flag, each at its own best learning rate; A,B=1:2,3:4 for pairs")
     add("--device", default="auto", help="where to train: auto (the default), cuda, mps or cpu")
     add = p.add_argument_group("what to try").add_argument
-    add("--study", choices=STUDIES, help="a named experiment: sets --lrs, --no-widen and more")
+    add("--study", choices=STUDIES, help="a named experiment, which sets --lrs, --no-widen and more")
     first, _ = p.parse_known_args(argv)     # these decide the defaults of the others
-    grid = GRIDS.get(first.preset, OTHER_GRID).split()
-    add("--lrs", nargs="+", type=learning_rate, default=grid, metavar="LR",
-        help=f"learning rates to start from; x3 is 3 times train.py's own (default: {' '.join(grid)})")
+    grid = GRIDS.get(first.preset, OTHER_GRID)
+    add("--lrs", nargs="+", type=learning_rate, default=grid.split(), metavar="LR",
+        help=f"learning rates to start from; x3 is 3 times train.py's own (default: {grid})")
     add("--seeds", type=positive, default=3, help="runs of each learning rate that matters (default: 3)")
-    add("--refine", type=int, default=0, choices=range(10), help="halve the steps around the best learning rate so many times (default: 0)")
-    add("--widen", action=argparse.BooleanOptionalAction, default=not first.study, help="search beyond --lrs, and between them (default: yes, without --study)")
-    add("--margin", type=float, default=0.01, help="a difference in loss that does not matter, in nats (default: 0.01)")
-    add("--max-runs", type=positive, help="at most so many runs (default: 16 for each setting and seed, or all of --lrs)")
+    add("--refine", type=int, default=0, choices=range(10),
+        help="times to halve the steps around the best learning rate (default: 0)")
+    add("--widen", action=argparse.BooleanOptionalAction, default=not first.study,
+        help="search beyond and between --lrs (default: yes, but not in a --study)")
+    add("--margin", type=float, default=0.01,
+        help="difference in loss that does not matter, in nats (default: 0.01)")
+    add("--max-runs", type=positive,
+        help="how many runs to make at most (default: 16 for each setting and seed, or all of --lrs)")
     add = p.add_argument_group("how to run, and what to do with the runs").add_argument
     add("--jobs", type=positive, help="runs at once (default: as many as the cores or GPUs are good for)")
     add("--name", help="folder of the sweep, under runs/ (default: made of the flags)")
     add("--mix-code", action="store_true", help="allow runs that were made before the code was edited")
     add("--dry-run", action="store_true", help="print the commands of the next round, one a line, and stop")
-    add("--report", type=Path, metavar="FOLDER", help="analyse and draw again what is in this folder, and stop")
+    add("--report", type=Path, metavar="FOLDER", help="analyse and draw again what is in a folder, and stop")
     add("-h", "--help", action="help", help="show this and stop")
     plan, given = p.parse_known_args(STUDIES.get(first.study, "").split() + argv)
     plan.flags = ["--preset", plan.preset, "--device", plan.device, *given]
