@@ -88,33 +88,34 @@ def read_json(path):
 
 def read_table(path):
     """The rows of a CSV file as dicts of numbers, but for the setting; nan where there is nothing."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "?").split("\n")
     rows = []
-    if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "?").split("\n")
-        for row in csv.DictReader(lines[:-1]):      # what follows the last newline is half written
-            setting = row.pop("setting", "")
-            row.pop(None, None)     # what is longer than the header
-            try:
-                rows.append({name: float(cell or "nan") for name, cell in row.items()} | dict(setting=setting))
-            except ValueError as error:
-                left_out(f"a row of {path}", error)
+    for row in csv.DictReader(lines[:-1]):      # what follows the last newline is half written
+        setting = row.pop("setting", "")
+        row.pop(None, None)     # what is longer than the header
+        try:
+            rows.append({name: float(cell or "nan") for name, cell in row.items()} | dict(setting=setting))
+        except ValueError as error:
+            left_out(f"a row of {path}", error)
     return rows
 
-def make_run(dir, config, rows, summary, setting=""):
+def make_run(dir, config, rows, summary):
     """A run from the rows of its metrics.csv; its train: those of steps, not of evaluations."""
     names = {"step", "lr", "train_loss", "val_loss"}.union(*rows[:1])
     metrics = {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
     if "stability_threshold" in names:      # Adam's is that of the preconditioned sharpness
         sharpness = metrics.get("preconditioned_sharpness", metrics.pop("sharpness"))
         metrics["sharpness_ratio"] = sharpness / metrics["stability_threshold"]
-    train = np.isfinite(metrics["lr"]) & np.isnan(metrics["val_loss"])
-    train = {name: column[train] for name, column in metrics.items()}
+    steps = np.isfinite(metrics["lr"]) & np.isnan(metrics["val_loss"])
+    train = {name: column[steps] for name, column in metrics.items()}
     status = str(summary.get("status", "running"))
     if status in STATUSES:      # the run is over
         status = classify(train["train_loss"])
     args = config["args"]
     return dict(dir=dir, name=dir.name, config=config, args=args, lr=float(args["lr"]), seed=int(args["seed"]),
-                metrics=metrics, train=train, summary=summary, status=status, setting=setting)
+                metrics=metrics, train=train, summary=summary, status=status, setting="")
 
 def read_run(dir):
     """The run in a folder, or None where there is no config.json that can be read."""
@@ -128,15 +129,15 @@ def read_run(dir):
 
 def read_runs(dir):
     """All runs under dir, or in its curves.csv where there are none, ordered by learning rate and seed."""
-    runs = [run for run in map(read_run, Path(dir).iterdir()) if run]
+    runs = list(filter(None, map(read_run, Path(dir).iterdir())))
     curves = {}
     for row in [] if runs else read_table(Path(dir) / "curves.csv"):
         curves.setdefault((row["setting"], row["lr"], row["seed"]), []).append(row)
     for (setting, lr, seed), rows in curves.items():
-        losses = [None, *(row["val_loss"] for row in rows if row["val_loss"] < np.inf)]
+        losses = [None] + [row["val_loss"] for row in rows if row["val_loss"] < np.inf]
         summary = dict(status="converged", final_val_loss=losses[-1])
-        name = Path(dir) / "{} lr{:g}-s{:g}".format(setting, lr, seed).strip()
-        runs.append(make_run(name, dict(args=dict(lr=lr, seed=seed)), rows, summary, setting))
+        run = make_run(Path(dir), dict(args=dict(lr=lr, seed=seed)), rows, summary)
+        runs.append(run | dict(setting=setting, name=f"{setting} lr{lr:g}-s{seed:g}".strip()))
     return sorted(runs, key=lambda run: (run["lr"], run["seed"], run["name"]))
 
 # Drawing: against the step colour tells the learning rate; against that, colour and marker the setting
@@ -149,29 +150,27 @@ DETAILS = ("val_loss", "val_accuracy", "val_perplexity", "max_grad_norm", "steps
 LABELS = {"train_loss": "training loss (nats a token)", "val_loss": "validation loss (nats a token)",
           "lr": "learning rate", "grad_norm": "gradient norm", "max_grad_norm": "largest gradient norm",
           "val_accuracy": "accuracy (share of tokens)", "val_perplexity": "perplexity",
-          "sharpness_ratio": "sharpness / its threshold"}
+          "sharpness_ratio": "sharpness / its threshold", "steps_to_loss": "steps to the worst rate's loss"}
 LOG = ("lr", "grad_norm", "max_grad_norm", "val_perplexity", "sharpness", "sharpness_ratio")
 RATE = "peak learning rate (x: diverged)"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442") * 9
 MARKERS = "osD^vPXp" * 9    # these and the colours of Okabe and Ito (2008) are told apart by everybody
-TABLE = {"setting": "{label}", "learning rate": "{lr:g}", "seeds": "{n}", "loss": "{val_loss:.3f}",
-         "worse by": "{worse_by:.3f} ± {half_width:.3f}", "verdict": "{verdict}", "bits a byte": "{val_bpb:.3f}",
-         "gradient norm": "{max_grad_norm:.3g}"}
+HEAD = "learning rate   seeds   loss      worse by      verdict    bits a byte   gradient norm"
+ROW = ("{lr:<16g}{n:<6}{val_loss:>6.3f}{worse_by:>9.3f} ± {half_width:<5.3f}   {verdict:<12}{val_bpb:>8.3f}"
+       "{max_grad_norm:>13.3g}")
 
 def panels(title, columns, x, across=1, height=4.0):
     """A figure 10 inches wide, without pyplot, and its axes: a panel a column, whose name stands above it."""
-    try:
-        import matplotlib.figure
-    except ValueError:      # MPLBACKEND, as Jupyter sets it, names a backend that is not installed here
-        del os.environ["MPLBACKEND"]
-        import matplotlib.figure
+    if "ipykernel" not in sys.modules:      # Jupyter's backend may be missing where it starts a program
+        os.environ.pop("MPLBACKEND", None)
+    import matplotlib.figure
     matplotlib.rcParams["text.parse_math"] = False      # a setting's name may hold a $
     rows = math.ceil(len(columns) / across)
     tall = 0.4 + height * rows
     fig = matplotlib.figure.Figure((10, tall), dpi=110)
     fig.suptitle(title, x=0.02, y=1 - 0.1 / tall, ha="left", va="top", weight="bold")
     fig.subplots(rows, min(across, len(columns)))
-    fig.subplots_adjust(0.07, 0.75 / tall, 0.98, 1 - 0.75 / tall, 0.25, 0.5)
+    fig.subplots_adjust(0.07, 0.75 / tall, 0.98, 1 - 0.75 / tall, 0.32, 0.5)
     for ax, column in zip(fig.axes, columns):
         ax.grid(alpha=0.25)
         ax.set_xlabel(x)
@@ -212,17 +211,18 @@ def points(run, column):
 
 def draw_curves(pictures, runs, title):
     """{name: figure} for {name: columns}, as far as the runs have them: a panel a setting and column."""
-    from matplotlib import colormaps
     figures = {}
     rates = sorted({run["lr"] for run in runs})
-    colours = dict(zip(rates, colormaps["viridis"](np.linspace(0, 0.9, len(rates)))))
     runs = sorted(runs, key=lambda run: run["status"] in EDGE)
     for name, columns in pictures.items():
         places = [(setting, column) for setting in sorted({run["setting"] for run in runs}) for column in columns
                   if any(points(run, column).size for run in runs)]
-        if places:
-            across = min(len(places), 2 + len(columns) % 2)
-            figures[name], axes = panels(title, [column for _, column in places], "step (dashed: diverged)", across)
+        if not places:
+            continue
+        across = min(len(places), 2 + len(columns) % 2)
+        figures[name], axes = panels(title, [column for _, column in places], "step (dashed: diverged)", across)
+        from matplotlib import colormaps    # after panels, which sees to MPLBACKEND
+        colours = dict(zip(rates, colormaps["viridis"](np.linspace(0, 0.9, len(rates)))))
         for (setting, column), ax in zip(places, axes):
             ax.set_title(setting, loc="right", fontsize=8)
             mine = [run for run in runs if run["setting"] == setting]
@@ -243,12 +243,12 @@ def draw_rates(ax, insights, column):
         lost = [row["lr"] for row in s["rates"] if row["diverged"]]
         ax.plot(lost, [1] * len(lost), "x", color=colour, ms=9, clip_on=False, transform=ax.get_xaxis_transform())
 
-def note(ax, lr, height, text, colour, **style):
-    style = dict(rotation=90, ha="right", va="top", fontsize=9) | style
-    ax.annotate(text, (lr, height), xycoords=ax.get_xaxis_transform(), color=colour, **style)
+def note(ax, lr, height, text, colour, turn=90):
+    """Text that ends at a learning rate, and at a height as a share of the panel's."""
+    ax.annotate(text, (lr, height), xycoords=ax.get_xaxis_transform(), ha="right", va="top", color=colour,
+                rotation=turn, fontsize=9)
 
 def mark(ax, lr, height, text, colour):
-    """A line at a learning rate, and its name along it."""
     ax.axvline(lr, color=colour, lw=1)
     note(ax, lr, height, f"{text}: {lr:.3g}", colour)
 
@@ -311,10 +311,8 @@ def draw_sweep(dir, runs, insights):
     pictures["lr_vs_final_loss.png"] = draw_losses(insights, title)
     pictures["detailed_comparison.png"], axes = panels(title, DETAILS, RATE, 3, 3.6)
     axes[-1].yaxis.update_units(STATUSES)       # an axis of names, in this order
-    axes[-1].tick_params(axis="y", rotation=60)
     for ax, column in zip(axes, DETAILS):
         draw_rates(ax, insights, column)
-    axes[4].set_title(f"steps to a loss of {insights['target_loss']:.2f}", loc="left", fontsize=10)
     ratios = [run for run in runs if points(run, "sharpness_ratio").size]
     if ratios:      # 10, 50 and 90% of the second half of each run; Muon has no threshold
         pictures["edge_of_stability.png"], [ax] = panels("The edge of stability", ["sharpness_ratio"], RATE)
@@ -346,8 +344,7 @@ def draw_losses(insights, title):
             band = use["low"] or left, use["high"] or right
             if use["low"] or use["high"]:
                 ax.axvspan(*band, alpha=0.12, color=colour)
-                note(ax, np.prod(band) ** 0.5, 0.06, f"the optimum lies here, 95% {s['label']}", colour, rotation=0,
-                     ha="center", backgroundcolor="white")
+                note(ax, band[1], 0.06, "the optimum lies here, 95% ", colour, 0)
             ax.set_xlim(left, right)
             mark(ax, use["lr"], 0.95, "best", colour)
             for status, edge in s["edge"].items():
@@ -356,18 +353,17 @@ def draw_losses(insights, title):
     return fig
 
 def draw_table(insights, title):
-    """The numbers of each rate; columns in which there are none are left out."""
-    cells = [list(TABLE)]
+    """The numbers of each rate."""
+    lines = []
     for s in insights["settings"]:
+        lines += ["", s["label"], HEAD]
         for row in s["rates"]:
             known = {name: np.nan if value is None else value for name, value in row.items()}
-            texts = [form.format(**known, label=s["label"], n=len(row["seeds"])) for form in TABLE.values()]
-            cells.append([text.replace(" ± nan", "").replace("nan", "") for text in texts])
-    filled = [column for column in zip(*cells) if any(column[1:])]
-    fig, [ax] = panels(title, [""], "", 1, 0.26 * len(cells) + 1)
+            line = ROW.format(**known, n=len(row["seeds"]))
+            lines.append(line.replace("± nan", "     ").replace("nan", "   "))
+    fig, [ax] = panels(title, [""], "", height=0.22 * len(lines) + 0.6)
     ax.axis("off")
-    if filled:
-        ax.table(list(zip(*filled)), bbox=(0, 0, 1, 1), colWidths=[max(map(len, column)) for column in filled])
+    ax.text(0, 1, "\n".join(lines[1:]), family="monospace", va="top", linespacing=1.5)
     return fig
 
 if __name__ == "__main__":
