@@ -42,7 +42,7 @@ from data import DataError, cores, lock, say, write_aside
 
 TRAIN = Path(os.environ.get("NANOLR_TRAIN") or Path(__file__).with_name("train.py")).resolve()
 GRIDS = {   # where the search starts; x3: times the learning rate that train.py has for the preset
-    "tiny": "1e-3 3e-3 1e-2 3e-2 1.0",
+    "tiny": "3e-4 1e-3 3e-3 1e-2 3e-2 0.3 1 3",
     "dense": "1e-4 3e-4 6e-4 1e-3 3e-3 6e-3 1e-2",
     "dense-low": "1e-4 3e-4 6e-4 1e-3 3e-3 6e-3 1e-2",
     "moe": "0.01 0.02 0.035 0.05 0.065 0.085 0.1 0.15 0.3",
