@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import data
 import train
-from model import Transformer, attend, count_parameters
+from model import Transformer, count_parameters
 from optim import AdamW, build_optimizer, newton_schulz
 
 # --------------------------------------------------------------------------------------------------
@@ -56,7 +56,8 @@ def product_rate(device, dtype):
 
 def flops_per_token(config):
     """Of products, forward and backward: 6 for each weight (an embedding is looked up), and attention."""
-    weights = count_parameters(config)["used per token"]
+    with torch.device("meta"):
+        weights = count_parameters(Transformer(config))["used per token"]
     if not config.tied:
         weights -= config.vocab_size * config.d_model
     return 6 * weights + 6 * config.n_layers * config.d_model * config.context_length
@@ -99,7 +100,7 @@ def masked_loop(layer, x):
         gate = (weights * (experts == e))[mask].sum(-1, keepdim=True)
         hidden = F.silu(F.linear(tokens[mask], layer.up[e]))
         out[mask] += gate * F.linear(hidden, layer.down[e])
-    return out.view_as(x), torch.zeros(2 + len(layer.router), device=x.device)
+    return out.view_as(x), {}
 
 
 def plain_step(args, config, device):
@@ -111,7 +112,7 @@ def plain_step(args, config, device):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step(x, y):
-        _, loss = model(x[0], y[0])
+        _, loss, _ = model(x[0], y[0])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -125,13 +126,14 @@ def our_step(args, config, device):
     model = Transformer(config, dtype).to(device)
     optimizers = build_optimizer(model, args.optimizer, args.lr)
     n_tokens = args.batch_size * config.context_length * args.max_steps
-    backend = train.pick_compile(args.compile, device, config, n_tokens)
-    losses = model.losses
+    flops = 6 * count_parameters(model)["total"] * n_tokens
+    backend = train.pick_compile(args.compile, device, config, flops)
+    forward = model
     if backend:
-        losses = torch.compile(losses, backend=backend)
+        forward = torch.compile(model, backend=backend)
         for optimizer in optimizers:
             optimizer.compile()
-    step = train.make_step(losses, optimizers, model, args)
+    step = train.make_step(forward, model, optimizers, args)
     if train.can_record(device, dtype, config, backend):
         step = train.graphed(step)
     return step
@@ -188,7 +190,7 @@ def bench_train(flags):
 
 
 def bench_parts(flags):
-    """Attention, Newton-Schulz and the optimizers beside torch's."""
+    """The loss of all logits, Newton-Schulz, and the optimizers beside torch's."""
     parser = argparse.ArgumentParser(prog="bench.py parts")
     parser.add_argument("--preset", default="moe")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -197,13 +199,22 @@ def bench_parts(flags):
     args, config = train.parse_args(["--preset", flags.preset])
     model = Transformer(config, dtype).to(device)
 
-    shape = (flags.batch_size, config.n_heads, config.context_length, config.d_model // config.n_heads)
-    q, k, v, dy = torch.randn(4, *shape, device=device, dtype=dtype)
-    fused = partial(F.scaled_dot_product_attention, is_causal=True)
-    kernels = {"attention of a layer, forward and backward, here": attend, "  torch's fused": fused}
-    for name, f in kernels.items():
-        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-        report(name, median_ms(lambda: torch.autograd.grad(f(*leaves), leaves, dy), 5, 5))
+    x = torch.randn(flags.batch_size * config.context_length, config.d_model, device=device, dtype=dtype)
+    targets = torch.randint(config.vocab_size, (len(x),), device=device)
+    head = model.head.detach().to(dtype)
+    leaves = [x.requires_grad_(), head.requires_grad_()]
+
+    def whole():
+        loss = F.cross_entropy(F.linear(x, head).float(), targets)
+        torch.autograd.grad(loss, leaves)
+    report("head and loss, forward and backward, not compiled", median_ms(whole, 3))
+    if hasattr(F, "linear_cross_entropy"):      # torch 2.13: in pieces, without second derivatives
+        options = torch.nn.LinearCrossEntropyOptions()
+
+        def pieces():
+            loss = F.linear_cross_entropy(x, head, targets, options=options)
+            torch.autograd.grad(loss, leaves)
+        report("  F.linear_cross_entropy in pieces", median_ms(pieces, 3))
 
     if config.n_experts:
         stack = torch.cat([block.feed_forward.up.detach() for block in model.blocks]).to(dtype)

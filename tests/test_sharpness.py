@@ -81,7 +81,7 @@ def full_hessian(model, params, x, y):
 
 
 def inverse_preconditioner(optimizers, gradient, clip):
-    """What AdamW's next update, of lr 1, moves weights by whose averaged gradient becomes 1: found by taking it."""
+    """What AdamW's next update, of lr 1, moves weights whose averaged gradient becomes 1: by taking it."""
     g = gradient.double()
     g = g * min(1, clip / g.norm())
     v = flat([v for optimizer in optimizers for v in optimizer.state["vs"]]).double()
