@@ -3,16 +3,16 @@ Text in, batches of token ids out.
 
 A corpus is a list of documents. Those with the lowest hashes, 5% of the bytes, are for validation; byte pair
 encoding (BPE; Sennrich et al. 2016, on bytes Radford et al. 2019) is trained on the others. It starts from
-the 256 bytes, and again and again makes the most frequent pair of neighbours a new token. Merges never cross a
-piece, such as a word with its leading space: equal pieces are counted and merged once, which makes it fast.
+the 256 bytes, and again and again makes the most frequent pair of neighbours a new token. Merges never cross
+a piece, such as a word with its leading space: equal pieces are counted and merged once.
 
     python data.py stdlib                         # the running Python's own library: no network
     python data.py my.txt --vocab-size 1000       # or .jsonl with a "text" a line, or a folder of files
     python data.py tinystories --tokens 40000000  # from the Hugging Face hub, as much as so many tokens need
 
-prepares a corpus under data/ and shows what a model will see. Ids are those of Hugging Face's `tokenizers`, but
-for pieces of over 1,000 characters and letters newer than this Python's Unicode. Environment: HF_TOKEN,
-HF_ENDPOINT (a mirror of the hub), HF_ROWS_ENDPOINT (of its server of rows, for cosmopedia).
+prepares a corpus under data/. The ids are those of Hugging Face's `tokenizers`, but for pieces of over 1,000
+characters and letters newer than this Python's Unicode. The environment may name mirrors: HF_ENDPOINT for
+the hub, HF_ROWS_ENDPOINT for its server of rows (cosmopedia); HF_TOKEN goes to the hub alone.
 """
 
 import argparse
@@ -100,37 +100,34 @@ class Tokenizer:
         model, added = spec["model"], spec["added_tokens"]
         self.spec = spec
         self.special = {token["content"]: token["id"] for token in added}
+        vocab = dict(model["vocab"]) | self.special
+        self.vocab_size = max(vocab.values()) + 1
+        self.single_digits = spec["pre_tokenizer"] == COSMO2
+        fine = {"type": model.get("type", "BPE") == "BPE",
+                "pre_tokenizer": spec["pre_tokenizer"] in (GPT2, OLD, COSMO2),
+                "normalizer": not spec.get("normalizer"),
+                "added_tokens": EOT in self.special and "" not in self.special,
+                "vocab": self.vocab_size <= 65536}
         odd = {key for part in [model, *added] for key in part if part[key]} - PLAIN
-        if model.get("type", "BPE") != "BPE":
-            odd.add("type")
-        if spec.get("pre_tokenizer") not in (GPT2, OLD, COSMO2):
-            odd.add("pre_tokenizer")
-        if spec.get("normalizer"):
-            odd.add("normalizer")
-        if EOT not in self.special or "" in self.special:
-            odd.add("added_tokens")
+        odd.update(key for key in fine if not fine[key])
         if odd:
             raise DataError(f"its {', '.join(sorted(odd))} may give other ids here")
-        vocab = model["vocab"] | self.special
-        self.vocab_size = max(vocab.values()) + 1
-        if self.vocab_size > 65536:
-            raise DataError("its vocab has ids of more than 16 bits")
         self.eot = self.special[EOT]
-        self.single_digits = spec["pre_tokenizer"] == COSMO2
         unknown = vocab.get(model.get("unk_token"))  # None: a byte that is no token is left out
         self.byte_ids = [vocab.get(char, unknown) for char in BYTE_TO_CHAR]
         self.bytes = [b""] * self.vocab_size  # of each id
         for token, i in vocab.items():
             special = token in self.special
             self.bytes[i] = token.encode() if special else bytes(map(CHAR_TO_BYTE.get, token))
-        self.merges = {}  # {pair of ids: (rank, the id that takes its place)}
+        self.merges = []  # (pair of ids, the id that takes its place), in the order in which they were learnt
         used = set()
         for merge in model["merges"]:
             first, second = merge.split(" ") if isinstance(merge, str) else merge
             if first + second in used:
                 raise DataError(f"its merges are out of order: {first + second!r} is used before it is made")
             used |= {first, second}
-            self.merges[vocab[first], vocab[second]] = len(self.merges), vocab[first + second]
+            self.merges.append(((vocab[first], vocab[second]), vocab[first + second]))
+        self.ranks = {pair: rank for rank, (pair, _) in enumerate(self.merges)}
         longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
         self.split = re.compile(f"({'|'.join(longest_first)})").split
         self.merged = lru_cache(1 << 18)(self.merge)  # bounded: a huge corpus has no end of rare pieces
@@ -145,10 +142,17 @@ class Tokenizer:
     def merge(self, piece):
         """One piece: its bytes, in which the pair that was learnt first is merged until none is left."""
         ids = [self.byte_ids[byte] for byte in piece.encode() if self.byte_ids[byte] is not None]
-        while known := self.merges.keys() & zip(ids, ids[1:]):
-            pair = min(known, key=self.merges.get)
-            for i in places(pair, ids):
-                ids[i:i + 2] = [self.merges[pair][1]]
+        queue = [self.ranks[pair] for pair in zip(ids, ids[1:]) if pair in self.ranks]
+        heapify(queue)
+        while queue:
+            rank = heappop(queue)
+            if rank not in queue[:1]:  # else it is there twice
+                pair, new = self.merges[rank]
+                for i in places(pair, ids):
+                    ids[i:i + 2] = [new]
+                    around = ids[max(i - 1, 0):i + 2]
+                    for pair in self.ranks.keys() & zip(around, around[1:]):
+                        heappush(queue, self.ranks[pair])
         return ids
 
     def encode(self, text):
@@ -234,31 +238,30 @@ def receive(url, file, n_bytes):
 
 def download(url, path, n_bytes=10**15):
     """Fetch a text file, or its first n_bytes, unless it is there. It arrives in path.part, whose length says
-    where the next attempt, or the next run, goes on."""
+    where to go on: a second later if something came, else in the next run."""
     if path.exists():
         return path
     part = path.with_name(path.name + ".part")
-    for wait in 2, 4, 8, 16, 32, 0:  # seconds before the next attempt; 0: there is none
-        with open(part, "ab") as raw, tqdm.wrapattr(raw, "write", desc=path.name, disable=QUIET) as file:
-            try:
-                receive(url, file, n_bytes)
-                break
-            except Exception as e:  # anything can go wrong in a network
-                status = getattr(e, "code", 0)
-                hopeless = not file.tell() and status < 500  # nothing ever came
-                if status == 429:  # too many requests; for how long is said as `60` or as `"api";r=0;t=60`
-                    said = e.headers.get("Retry-After") or e.headers.get("RateLimit") or ""
-                    seconds = int(re.search(r"\d*$", said)[0] or 300)
-                    hopeless = seconds >= 300
-                    e = f"limited, run again in {seconds} s"
-                    wait = wait and seconds
-                elif 400 <= status < 500:  # it refuses to go on from here: from the beginning
-                    file.seek(file.truncate(0))
-                if hopeless or not wait:
-                    raise DataError(f"cannot fetch {path.name} from {url} ({e}): put it at {path} by hand, "
-                                    "or use --data stdlib, which needs no network") from None
-                say(f"{path.name}: {e}; going on in {wait} s", sys.stderr)
+    with open(part, "ab") as raw, tqdm.wrapattr(raw, "write", desc=path.name, disable=QUIET) as file:
+        have = file.tell()
+        try:
+            receive(url, file, n_bytes)
+            wait = 0
+        except Exception as e:  # anything can go wrong in a network
+            wait = int(file.tell() > have)
+            if getattr(e, "code", 0) == 429:  # too many requests; how long to wait: `60` or `"api";r=0;t=60`
+                said = e.headers.get("Retry-After") or e.headers.get("RateLimit") or ""
+                wait = int(re.search(r"\d*$", said)[0] or 300)
+                e = f"limited, run again in {wait} s"
+            elif 400 <= getattr(e, "code", 0) < 500:  # what is here may be wrong: next time from the beginning
+                file.truncate(0)
+            if not 0 < wait < 300:
+                raise DataError(f"cannot fetch {path.name} from {url} ({e}): run again, put it at {path} by "
+                                "hand, or use --data stdlib, which needs no network") from None
+            say(f"{path.name}: {e}; going on in {wait} s", sys.stderr)
+    if wait:
         time.sleep(wait)
+        return download(url, path, n_bytes)
     return part.replace(path)
 
 def tinystories(folder, megabytes, vocab_size):
@@ -307,8 +310,8 @@ def files_of(name):
         if ".lock" in names:
             names = subfolders[:] = []
         subfolders[:] = [name for name in subfolders if not re.fullmatch(skip, name)]
-        texts = [name for name in names if name.endswith(suffix) and not re.fullmatch(skip, name)]
-        found += [os.path.join(folder, name) for name in texts]
+        names = [name for name in names if name.endswith(suffix) and not re.fullmatch(skip, name)]
+        found += [os.path.join(folder, name) for name in names]
         for link in filter(os.path.islink, [os.path.join(folder, name) for name in subfolders]):
             say_once(f"not followed: {link!r} is a link to a folder", sys.stderr)
     found = sorted(filter(os.path.isfile, found))
@@ -346,11 +349,11 @@ def read_all(files):
             documents += read(path)
         except (OSError, ValueError):
             left_out.append(path)
+    line = (f"no UTF-8 text: {len(left_out)} files, such as {left_out[:1]} (gunzip a .gz; iconv -f UTF-16 or "
+            "-f LATIN1 -t UTF-8 converts others)")
+    if left_out and not documents:
+        raise DataError(line)
     if left_out:
-        line = (f"no UTF-8 text: {len(left_out)} files, first {left_out[0]!r} (gunzip a .gz, convert UTF-16 or "
-                "Latin-1 with iconv -f UTF-16 or -f LATIN1 -t UTF-8)")
-        if not documents:
-            raise DataError(line)
         say(f"left out: {line}", sys.stderr)
     if len(documents) == 1:
         size = min(max(len(documents[0]) // 64, 128), 8192)
@@ -483,8 +486,6 @@ def write_aside(path, content):
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except OSError as e:  # a full disk says no name
-        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -526,11 +526,12 @@ PAGE = ("send", b"\n<!DOCTYPE html><p>Log in")
 RUBBISH = ("send", random.Random(0).randbytes(5000))
 
 @pytest.mark.parametrize("faults, match", [
-    ([("cut", 10), ("cut", 0), ("cut", 262_144)], ""),
-    ([("cut", 5000), 416], ""),
+    ([("cut", 10), ("cut", 262_144)], ""),
+    ([("cut", 5000), 416], "416"),
+    ([("cut", 1000)] * 20, ""),
     ([("cut", 5000), "no range"], ""),
-    ([(429, ("Retry-After", "7")), 500, ("cut", 77), 503], ""),
-    ([("cut", 12345), *[500] * 5], "500"),
+    ([(429, ("Retry-After", "7")), ("cut", 77)], ""),
+    ([("cut", 12345), 500], "500"),
     ([403], "403"),
     ([302] * 30, "302"),
     ([PAGE], "web page"),
@@ -561,11 +562,11 @@ def test_a_limit_is_waited_for_where_the_server_says_how_long(header, seconds, h
     hub.faults = [("cut", 1000), (429, header)]
     if seconds < 300:
         assert fetch(hub, tmp_path / "f.txt") == BODY
-        assert hub.slept == [2, seconds] and f"going on in {seconds} s" in capsys.readouterr().err
+        assert hub.slept == [1, seconds] and f"going on in {seconds} s" in capsys.readouterr().err
     else:
         with pytest.raises(data.DataError, match=f"limited, run again in {seconds} s"):
             fetch(hub, tmp_path / "f.txt")
-        assert fetch(hub, tmp_path / "f.txt") == BODY and hub.slept == [2]
+        assert fetch(hub, tmp_path / "f.txt") == BODY and hub.slept == [1]
     assert hub.ranges()[-1].startswith("bytes=1000-")  # what came is kept
 
 def test_a_server_without_range_is_not_read_to_its_end(hub, tmp_path):
