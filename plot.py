@@ -214,9 +214,10 @@ def draw_curves(pictures, runs, title):
     """{name: figure} for {name: columns}, as far as the runs have them: a panel a setting and column."""
     figures = {}
     rates = sorted({run["lr"] for run in runs})
+    settings = sorted({run["setting"] for run in runs})
     for name, columns in pictures.items():
         columns = [column for column in columns if any(points(run, column).size for run in runs)]
-        places = [(setting, column) for setting in sorted({run["setting"] for run in runs}) for column in columns]
+        places = [(setting, column) for setting in settings for column in columns]
         if not places:
             continue
         across = min(len(places), 2 + len(columns) % 2)

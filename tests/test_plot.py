@@ -85,7 +85,8 @@ def curve(kind, n):
 
 
 FAMILIES = {
-    "converged": ["good", "power law", "plateau, then decay", "bump", "too high", "1.4 above", "from far above"],
+    "converged": ["good", "power law", "plateau, then decay", "bump", "too high", "1.4 above",
+                  "from far above"],
     "slow": ["starved", "nearly straight", "nothing learned", "far above, and no further", "stuck"],
     "unstable": ["spike", "warm-up spike", "swings", "early blow-up that recovers"],
     "diverged": ["rises for good", "rose late", "lost it", "back to the start", "blows up"]}
@@ -201,8 +202,8 @@ def make_insights(runs, use=None, edge=None):
             continue
         loss = run["loss"] if run["status"] != "diverged" else None
         row = dict.fromkeys(["val_loss", "val_accuracy", "val_perplexity", "val_bpb", "worse_by"], loss)
-        row.update(lr=run["lr"], seeds=[run["seed"]], status=run["status"], diverged=int(loss is None), unstable=0,
-                   max_grad_norm=2.0, half_width=None, steps_to_loss=loss and 20, verdict="not tested",
+        row.update(lr=run["lr"], seeds=[run["seed"]], status=run["status"], diverged=int(loss is None),
+                   unstable=0, max_grad_norm=2.0, half_width=None, steps_to_loss=loss and 20, verdict="not tested",
                    runs=[[run["seed"], loss, run["status"]]])
         setting["rates"].append(row)
     if use:
@@ -285,7 +286,8 @@ def test_one_damaged_file_stops_nothing_and_is_named(tmp_path, content, capsys):
 def test_runs_are_read_from_their_curves_where_there_are_no_folders(tmp_path):
     (tmp_path / "curves.csv").write_text(
         "setting,lr,seed,step,train_loss,val_loss\n"
-        '"a=1,b=2",0.003,1,1,7.6,\n"a=1,b=2",0.003,1,2,4.1,\n"a=1,b=2",0.003,1,3,3.5,\n"a=1,b=2",0.003,1,3,,3.4\n'
+        '"a=1,b=2",0.003,1,1,7.6,\n"a=1,b=2",0.003,1,2,4.1,\n'
+        '"a=1,b=2",0.003,1,3,3.5,\n"a=1,b=2",0.003,1,3,,3.4\n'
         ",0.1,0,1,7.6,\n,0.1,0,2,nan,\n,0.1,0,3,na")
     first, second = plot.read_runs(tmp_path)
     assert (first["setting"], first["lr"], first["seed"]) == ("a=1,b=2", 0.003, 1)
