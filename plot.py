@@ -34,8 +34,7 @@ LEARNED = 0.2       # share of the first loss; knowing how frequent tokens are, 
 LN_VOCABULARY = 11  # the loss of a guess among 60,000 tokens: to fall from above that is not to learn
 STEADY = 0.25       # share of the descent in the last third of the steps; 0.4 for a straight line
 HUGE = 1e9          # stands for a loss that is not finite
-EDGE = ("unstable", "diverged")
-STATUSES = ("converged", "slow", *EDGE)
+STATUSES = ("converged", "slow", "unstable", "diverged")
 
 def classify(losses):
     """The status of a curve of training losses (nats a token, in the order they were logged)."""
@@ -114,8 +113,9 @@ def make_run(dir, config, rows, summary):
     if status in STATUSES:      # the run is over
         status = classify(train["train_loss"])
     args = config["args"]
-    return dict(dir=dir, name=dir.name, config=config, args=args, lr=float(args["lr"]), seed=int(args["seed"]),
-                metrics=metrics, train=train, summary=summary, status=status, setting="")
+    return dict(dir=dir, name=dir.name, config=config, args=args, lr=float(args["lr"]),
+                seed=int(args["seed"]), metrics=metrics, train=train, summary=summary, status=status,
+                setting="")
 
 def read_run(dir):
     """The run in a folder, or None where there is no config.json that can be read."""
@@ -145,7 +145,7 @@ def read_runs(dir):
 RUN = {"loss_curves.png": ("train_loss", "val_loss", "grad_norm"),      # add your own column of metrics.csv
        "lr_schedule.png": ("lr",), "sharpness.png": ("sharpness_ratio", "sharpness")}
 SWEEP = {"lr_sweep_comparison.png": ("train_loss", "val_loss"), "lr_schedules.png": ("lr",),
-         "sharpness.png": ("sharpness_ratio", "sharpness")}
+         "sharpness.png": RUN["sharpness.png"]}
 DETAILS = ("val_loss", "val_accuracy", "val_perplexity", "max_grad_norm", "steps_to_loss", "status")
 LABELS = {"train_loss": "training loss (nats a token)", "val_loss": "validation loss (nats a token)",
           "lr": "learning rate", "grad_norm": "gradient norm", "max_grad_norm": "largest gradient norm",
@@ -181,7 +181,7 @@ def panels(title, columns, x, across=1, height=4.0):
         if "rate" in x:
             ax.set_xscale("log", subs=[2, 5])
             ax.xaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-            ax.tick_params(axis="x", which="both", rotation=45 * (across > 1))
+            ax.tick_params(axis="x", which="both", labelsize=10 - across)
     return fig, fig.axes
 
 def save(pictures, dir):
@@ -190,7 +190,8 @@ def save(pictures, dir):
     for name, fig in pictures.items():
         labels = {label: line for ax in fig.axes for line, label in zip(*ax.get_legend_handles_labels())}
         if len(labels) > 1:     # one legend, beside the panels
-            box = fig.legend(labels.values(), labels, loc="upper right", frameon=False, fontsize=8, ncols=1 + len(labels) // 20)
+            box = fig.legend(labels.values(), labels, loc="upper right", frameon=False, fontsize=8,
+                             ncols=1 + len(labels) // 20)
             fig.subplots_adjust(right=0.98 - box.get_window_extent().width / fig.bbox.width)
         content = io.BytesIO()
         fig.savefig(content)
@@ -213,24 +214,29 @@ def draw_curves(pictures, runs, title):
     """{name: figure} for {name: columns}, as far as the runs have them: a panel a setting and column."""
     figures = {}
     rates = sorted({run["lr"] for run in runs})
-    runs = sorted(runs, key=lambda run: run["status"] in EDGE)
+    settings = sorted({run["setting"] for run in runs})
     for name, columns in pictures.items():
-        places = [(setting, column) for setting in sorted({run["setting"] for run in runs}) for column in columns
-                  if any(points(run, column).size for run in runs)]
+        columns = [column for column in columns if any(points(run, column).size for run in runs)]
+        places = [(setting, column) for setting in settings for column in columns]
         if not places:
             continue
         across = min(len(places), 2 + len(columns) % 2)
-        figures[name], axes = panels(title, [column for _, column in places], "step (dashed: diverged)", across)
+        what = [column for _, column in places]
+        figures[name], axes = panels(title, what, "step (dashed: diverged)", across)
         from matplotlib import colormaps    # after panels, which sees to MPLBACKEND
         colours = dict(zip(rates, colormaps["viridis"](np.linspace(0, 0.9, len(rates)))))
         for (setting, column), ax in zip(places, axes):
             ax.set_title(setting, loc="right", fontsize=8)
-            mine = [run for run in runs if run["setting"] == setting]
-            for run in mine:
-                if column.endswith("loss") and run["status"] in EDGE and mine[0]["status"] not in EDGE:
-                    ax.set_ylim(ax.get_ylim())      # what left the rails does not widen the others' axis
-                style = {"diverged": "--"}.get(run["status"], "-")
-                ax.plot(*points(run, column), style, color=colours[run["lr"]], lw=1.3, label=f"{run['lr']:g}")
+            starts = []
+            for run in runs:
+                steps, values = points(run, column)
+                if run["setting"] == setting and len(steps):
+                    lost = run["status"] == "diverged"
+                    ax.plot(steps, values, "--" if lost else "-", color=colours[run["lr"]], lw=1.3,
+                            label=f"{run['lr']:g}")
+                    starts += [] if lost else [values[0]]
+            if starts and "loss" in column:     # what rises above where the others began leaves the picture
+                ax.set_ylim(top=max(starts) + 0.2)
             if column == "sharpness_ratio":
                 ax.axhline(1, color="black", lw=1)
     return figures
@@ -241,7 +247,7 @@ def draw_rates(ax, insights, column):
         rates = [row["lr"] for row in s["rates"]]
         ax.plot(rates, [row[column] for row in s["rates"]], marker=marker, color=colour, label=s["label"])
         lost = [row["lr"] for row in s["rates"] if row["diverged"]]
-        ax.plot(lost, [1] * len(lost), "x", color=colour, ms=9, clip_on=False, transform=ax.get_xaxis_transform())
+        ax.plot(lost, [1] * len(lost), "x", color=colour, clip_on=False, transform=ax.get_xaxis_transform())
 
 def note(ax, lr, height, text, colour, turn=90):
     """Text that ends at a learning rate, and at a height as a share of the panel's."""
@@ -321,7 +327,7 @@ def draw_sweep(dir, runs, insights):
     for run in ratios:
         later = np.array_split(points(run, "sharpness_ratio")[1], 2)[1]
         colour = COLOURS[settings.index(run["setting"])]
-        ax.plot([run["lr"]] * 3, np.quantile(later, (0.1, 0.5, 0.9)), "_-", color=colour, label=run["setting"])
+        ax.plot([run["lr"]] * 3, np.quantile(later, [0.1, 0.5, 0.9]), "_-", c=colour, label=run["setting"])
     pictures["summary_table.png"] = draw_table(insights, title)
     return save(pictures, dir)
 
@@ -346,10 +352,10 @@ def draw_losses(insights, title):
                 ax.axvspan(*band, alpha=0.12, color=colour)
                 note(ax, band[1], 0.06, "the optimum lies here, 95% ", colour, 0)
             ax.set_xlim(left, right)
-            mark(ax, use["lr"], 0.95, "best", colour)
-            for status, edge in s["edge"].items():
-                if edge:
-                    mark(ax, edge["lr"], {"unstable": 0.95}.get(status, 0.6), f"first {status}", "#555555")
+            for text, found, height in (("best", use, 0.95), ("first unstable", s["edge"]["unstable"], 0.95),
+                                        ("first diverged", s["edge"]["diverged"], 0.6)):
+                if found:
+                    mark(ax, found["lr"], height, text, "#444444")
     return fig
 
 def draw_table(insights, title):

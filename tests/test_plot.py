@@ -85,7 +85,8 @@ def curve(kind, n):
 
 
 FAMILIES = {
-    "converged": ["good", "power law", "plateau, then decay", "bump", "too high", "1.4 above", "from far above"],
+    "converged": ["good", "power law", "plateau, then decay", "bump", "too high", "1.4 above",
+                  "from far above"],
     "slow": ["starved", "nearly straight", "nothing learned", "far above, and no further", "stuck"],
     "unstable": ["spike", "warm-up spike", "swings", "early blow-up that recovers"],
     "diverged": ["rises for good", "rose late", "lost it", "back to the start", "blows up"]}
@@ -124,7 +125,7 @@ def test_noise_of_minibatches_is_no_jump(n):
     assert plot.classify(one_wild_batch) == "converged"
 
 
-@pytest.mark.parametrize("kind", sorted({*FAMILIES["converged"], *FAMILIES["slow"], *FAMILIES["unstable"]}))
+@pytest.mark.parametrize("kind", FAMILIES["converged"] + FAMILIES["slow"] + FAMILIES["unstable"])
 def test_no_run_that_recovers_is_stopped_early(kind):
     rng = np.random.default_rng(0)
     for n in (20, 100, 400):
@@ -201,8 +202,8 @@ def make_insights(runs, use=None, edge=None):
             continue
         loss = run["loss"] if run["status"] != "diverged" else None
         row = dict.fromkeys(["val_loss", "val_accuracy", "val_perplexity", "val_bpb", "worse_by"], loss)
-        row.update(lr=run["lr"], seeds=[run["seed"]], status=run["status"], diverged=int(loss is None), unstable=0,
-                   max_grad_norm=2.0, half_width=None, steps_to_loss=loss and 20, verdict="not tested",
+        row.update(lr=run["lr"], seeds=[run["seed"]], status=run["status"], diverged=int(loss is None),
+                   unstable=0, max_grad_norm=2.0, half_width=None, steps_to_loss=loss and 20, verdict="not tested",
                    runs=[[run["seed"], loss, run["status"]]])
         setting["rates"].append(row)
     if use:
@@ -285,7 +286,8 @@ def test_one_damaged_file_stops_nothing_and_is_named(tmp_path, content, capsys):
 def test_runs_are_read_from_their_curves_where_there_are_no_folders(tmp_path):
     (tmp_path / "curves.csv").write_text(
         "setting,lr,seed,step,train_loss,val_loss\n"
-        '"a=1,b=2",0.003,1,1,7.6,\n"a=1,b=2",0.003,1,2,4.1,\n"a=1,b=2",0.003,1,3,3.5,\n"a=1,b=2",0.003,1,3,,3.4\n'
+        '"a=1,b=2",0.003,1,1,7.6,\n"a=1,b=2",0.003,1,2,4.1,\n'
+        '"a=1,b=2",0.003,1,3,3.5,\n"a=1,b=2",0.003,1,3,,3.4\n'
         ",0.1,0,1,7.6,\n,0.1,0,2,nan,\n,0.1,0,3,na")
     first, second = plot.read_runs(tmp_path)
     assert (first["setting"], first["lr"], first["seed"]) == ("a=1,b=2", 0.003, 1)
@@ -418,7 +420,8 @@ def test_settings_are_told_by_colour_and_marker_and_the_band_has_its_settings_co
     plot.draw_sweep(tmp_path, runs, make_insights(runs, dict(lr=3e-3, low=1e-3, high=1e-2)))
     [ax] = drawn["lr_vs_final_loss.png"].axes
     lines = {line.get_label(): line for line in ax.lines if line.get_label() in ("a=1", "a=2", "a=3")}
-    assert len({line.get_color() for line in lines.values()}) == len({line.get_marker() for line in lines.values()}) == 3
+    for read in ("get_color", "get_marker"):
+        assert len({getattr(line, read)() for line in lines.values()}) == 3
     import matplotlib.colors
     assert matplotlib.colors.to_hex(ax.patches[0].get_facecolor()).upper() == lines["a=1"].get_color()
     curves = drawn["lr_sweep_comparison.png"].axes      # against the step: a panel a setting and column
@@ -473,7 +476,8 @@ def test_the_table_has_the_analysis_columns_and_no_empty_words(tmp_path, drawn):
     insights["settings"][0]["rates"][0].update(half_width=0.0123, worse_by=0.5)
     plot.draw_sweep(tmp_path, runs, insights)
     table = "\n".join(texts(drawn["summary_table.png"]))
-    for word in ("learning rate", "seeds", "loss", "worse by", "verdict", "bits a byte", "gradient norm", "0.500 ± 0.012"):
+    for word in ("learning rate", "seeds", "loss", "worse by", "verdict", "bits a byte", "gradient norm",
+                 "0.500 ± 0.012"):
         assert word in table
     for word in ("nan", "None", "True", "["):
         assert word not in table
