@@ -253,7 +253,7 @@ def download(url, path, n_bytes=10**15):
                 said = e.headers.get("Retry-After") or e.headers.get("RateLimit") or ""
                 wait = int(re.search(r"\d*$", said)[0] or 300)
                 e = f"limited, run again in {wait} s"
-            elif 400 <= getattr(e, "code", 0) < 500:  # what is here may be wrong: next time from the beginning
+            elif 400 <= getattr(e, "code", 0) < 500:  # what is here may be wrong: begin again next time
                 file.truncate(0)
             if not 0 < wait < 300:
                 raise DataError(f"cannot fetch {path.name} from {url} ({e}): run again, put it at {path} by "
@@ -279,8 +279,7 @@ def cosmopedia(folder, megabytes, vocab_size):
     if vocab_size == 49_152:
         published = f"{HUB}/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json"
         tokenizer = Tokenizer.load(download(published, folder / "cosmo2-tokenizer.json"))
-    n = 3 * megabytes + 1
-    say(f"cosmopedia: about {n} requests, less what is here; 500 in 5 minutes are allowed", sys.stderr)
+    say(f"about {3 * megabytes + 1} requests, less what is here; 500 in 5 minutes are allowed", sys.stderr)
     url = f"{ROWS}/rows?dataset=HuggingFaceTB%2Fsmollm-corpus&config=cosmopedia-v2&split=train&length=100"
     for offset in range(0, 10**9, 100):
         page = download(f"{url}&offset={offset}", folder / f"cosmopedia-v2-rows-{offset}.json")
@@ -301,7 +300,7 @@ NETWORK = {"tinystories": tinystories, "cosmopedia": cosmopedia}
 def files_of(name):
     """The sorted paths of a text file, of the files in a folder, or of the standard library's source. Hidden
     files, logs, runs/ and folders that this program made (they hold a .lock) are no text."""
-    root, suffix, skip = os.path.realpath(name or " "), "", r"\..*|__pycache__|runs|.*\.(log|out)"
+    root, suffix, skip = os.path.abspath(name or " "), "", r"\..*|__pycache__|runs|.*\.(log|out)"
     if name == "stdlib":
         root, suffix = os.path.dirname(os.__file__), ".py"
         skip += "|tests?|idle_test|(site|dist)-packages"
@@ -437,7 +436,8 @@ class Corpus:
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_bytes())
         for file in "tokenizer.json", "train.bin", "val.bin":
-            assert sha256(folder / file) == self.meta[f"{Path(file).stem}_sha256"], "it is damaged"
+            if sha256(folder / file) != self.meta[f"{Path(file).stem}_sha256"]:
+                raise DataError(f"{folder / file} is damaged")
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self.token_bytes = np.array(list(map(len, self.tokenizer.bytes)))
         self.token_bytes[self.tokenizer.eot] = 0
@@ -509,24 +509,21 @@ def lock(folder, wait=False):
 def batch_at(tokens, starts, context_length):
     """x, y: (B, T) int64 tensors on the CPU, the windows of tokens that start at starts (B,); y one later."""
     import torch  # not on top: the processes that prepare a corpus need none
-    both = tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64)
-    return torch.from_numpy(both[:, :-1].copy()), torch.from_numpy(both[:, 1:].copy())
-
-def count_windows(tokens, context_length):
     if len(tokens) <= context_length:
         raise DataError(f"only {len(tokens):,} tokens: use --context-length {len(tokens) - 1} or less")
-    return len(tokens) - context_length
+    both = tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64)
+    return torch.from_numpy(both[:, :-1].copy()), torch.from_numpy(both[:, 1:].copy())
 
 def get_batch(tokens, batch_size, context_length, seed, step):
     """x, y: (batch_size, context_length) int64, drawn by a counter-based generator (Philox, Salmon et al.
     2011) with the key (seed, step): every rate sees the same batches, and resuming needs no state of it."""
     random = np.random.Generator(np.random.Philox(key=seed % 2**64 + (step << 64)))
-    starts = random.integers(0, count_windows(tokens, context_length), batch_size)
+    starts = random.integers(0, max(len(tokens) - context_length, 1), batch_size)
     return batch_at(tokens, starts, context_length)
 
 def val_windows(tokens, context_length, max_tokens):
     """x, y: (W, context_length) int64: always the same windows, evenly spread and apart; W >= 1."""
-    starts = np.arange(0, count_windows(tokens, context_length), context_length)
+    starts = np.arange(0, max(len(tokens) - context_length, 1), context_length)
     n = min(max(max_tokens // context_length, 1), len(starts))
     return batch_at(tokens, starts[np.arange(n) * len(starts) // n], context_length)
 

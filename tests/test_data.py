@@ -82,10 +82,10 @@ def quadratic_bpe(piece_counts, vocab_size):
 
 @pytest.mark.parametrize("alphabet", ["ab ", "aaab", "xyé🙂 ", "".join(HARD), SENTENCE])
 def test_training_and_encoding_equal_the_quadratic_reference(alphabet):
-    counts = data.count([random_text(1, alphabet, 900)])
-    tokenizer = data.train_bpe(counts, 420)
+    counts = data.count([random_text(1, alphabet, 700)])
+    tokenizer = data.train_bpe(counts, 380)
     model = tokenizer.spec["model"]
-    tokens, merges = quadratic_bpe(counts, 420)
+    tokens, merges = quadratic_bpe(counts, 380)
     assert model["merges"] == [" ".join(pair) for pair in merges]
     assert model["vocab"] == {token: i for i, token in enumerate(tokens)}
     for piece in counts:
@@ -189,8 +189,19 @@ def test_validation_windows_are_fixed_and_never_overlap():
 # --------------------------------------------------------------------------------------------------
 # Corpora
 
+class NoPool:
+    """The work is done here: small texts cost less than the processes. The tests of programs have a real pool."""
+    def __init__(self, *_, **__):
+        self.map = map
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        pass
+
 @pytest.fixture
-def cache(tmp_path):
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ProcessPoolExecutor", NoPool)
+    monkeypatch.setattr(data, "load_tokenizer", data.Tokenizer.load)
     return tmp_path / "cache"
 
 def make_folder(root, documents):
@@ -279,11 +290,11 @@ def test_what_is_no_utf8_is_named_with_what_to_do(content, tmp_path, cache):
 
 def test_text_without_spaces_is_learnt_and_encoded_as_by_the_reference():
     for alphabet in "ACGT", [chr(0x4E00 + i) for i in range(40)]:
-        text = random_text(3, alphabet, 2500)
+        text = random_text(3, alphabet, 1100)
         counts = data.count([text])
         assert max(map(len, counts)) == 1000
-        tokenizer = data.train_bpe(counts, 300)
-        assert tokenizer.spec["model"]["merges"] == [" ".join(pair) for pair in quadratic_bpe(counts, 300)[1]]
+        tokenizer = data.train_bpe(counts, 280)
+        assert tokenizer.spec["model"]["merges"] == [" ".join(pair) for pair in quadratic_bpe(counts, 280)[1]]
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 def test_files_that_are_no_text_are_skipped_and_counted(tmp_path, cache, capfd):
@@ -315,7 +326,7 @@ def test_what_this_program_writes_is_no_text(tmp_path, monkeypatch):
         Path("sweep.log").write_text("step 1\n" * i)
     assert corpora[0] == corpora[1] == corpora[2] and len(list(Path("data").iterdir())) == 1
 
-@pytest.mark.parametrize("name", ["a b", "a\u00a0b", "a\u3000b", "🙂" * 60, "x" * 250, "a\udce9b", "a\nb"])
+@pytest.mark.parametrize("name", ["a b\u00a0c\u3000d", "🙂" * 60, "x" * 250, "a\udce9b\nc"])
 def test_any_name_will_do(name, tmp_path, cache, capsys):
     path = tmp_path / name
     path.write_text(EOT.join(stories(40)))
@@ -348,7 +359,7 @@ def test_a_damaged_corpus_is_made_anew(file, tmp_path, cache):
     good = path.read_bytes()
     middle = len(good) // 2
     flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]
-    for damaged in b"", b"{}", good[:middle], flipped, None:
+    for damaged in b"", flipped, None:
         if path.name == "meta.json" and damaged == flipped:
             continue  # its own words have no checksum
         path.unlink()
@@ -396,9 +407,6 @@ def test_command_line(tmp_path):
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([*command, name], capture_output=True, text=True, env=plain)
     assert done.returncode == 0 and re.search(r"'train_tokens': .*\nValidation.*\|", done.stdout)
-    with subprocess.Popen([*command, name], stdout=-1, stderr=-1) as process:
-        process.stdout.close()  # | head, which has gone
-        assert process.stderr.read() == b"" and process.wait(60) == 0
 
 def test_a_line_is_printed_on_any_console_or_lost_quietly(monkeypatch, tmp_path):
     for encoding, shown in ("cp1252", b"na\xefve \\u2713 \\udce9"), ("utf-8", "naïve ✓ \\udce9".encode()):
@@ -512,7 +520,7 @@ def fetch(hub, path, *n_bytes):
     data.download(f"{hub.url}/datasets/x/resolve/main/f.txt", path, *n_bytes)
     return path.read_bytes()
 
-BODY = "naïve 数 ".join(stories(4000)).encode()
+BODY = "naïve 数 ".join(stories(2500)).encode()
 
 def test_download_takes_what_it_needs_and_once(hub, tmp_path):
     assert fetch(hub, tmp_path / "part", 1001) == BODY[:1001]
@@ -606,7 +614,7 @@ def test_tinystories_end_to_end(hub, cache):
     assert len(hub.requests) == asked and documents_of(small, "val") == valid
 
 def test_cosmopedia_end_to_end(hub, cache, capsys):
-    texts = [" ".join(stories(25, seed=i)) for i in range(250)]
+    texts = [" ".join(stories(20, seed=i)) for i in range(250)]
     rows = [{"row": {"text": text}} for text in [None, *texts, "lone \ud800 surrogate"]] + [{"row": None}]
     for offset in 0, 100, 200:
         page = {"rows": rows[offset:offset + 100], "num_rows_total": None}
