@@ -42,7 +42,7 @@ from data import DataError, cores, lock, say, write_aside
 
 TRAIN = Path(os.environ.get("NANOLR_TRAIN") or Path(__file__).with_name("train.py")).resolve()
 GRIDS = {   # where the search starts; x3: times the learning rate that train.py has for the preset
-    "tiny": "3e-4 1e-3 3e-3 1e-2 3e-2 0.3 1 3",
+    "tiny": "3e-4 3e-3 1e-2 3e-2 1 3",
     "dense": "1e-4 3e-4 6e-4 1e-3 3e-3 6e-3 1e-2",
     "dense-low": "1e-4 3e-4 6e-4 1e-3 3e-3 6e-3 1e-2",
     "moe": "0.01 0.02 0.035 0.05 0.065 0.085 0.1 0.15 0.3",
@@ -198,15 +198,15 @@ def outward(table, plan):
 
 def between(table, plan):
     """Midpoints, until the neighbours of the best rate are within a factor of 2: of 1.4 where settings are
-    compared, or where a parabola through the three can be lower than the best by more than the margin (by up
-    to an eighth of what the two are worse, together). --refine halves these, on the log axis."""
+    compared, or where a parabola through the three can be lower than the best by three margins (by up to an
+    eighth of what the two are worse, together). --refine halves these, on the log axis."""
     best = lowest(table)
     if not best or not (plan.widen or plan.refine):
         return []
     around = neighbours(table, best)
     bend = sum(mean(paired(table[lr], table[best]) or [inf]) for lr in around) / 8
     factor = 2.05   # rates have two digits
-    if len(plan.settings) > 1 or bend > plan.margin:
+    if len(plan.settings) > 1 or bend > 3 * plan.margin:
         factor = 1.45
     far = [lr for lr in around if abs(log(lr / best)) > log(factor) / 2 ** plan.refine]
     middles = [np.clip(sqrt(best * lr), best / 2, best * 2) for lr in far]
