@@ -51,8 +51,8 @@ class ModelConfig:
 DENSE = dict(vocab_size=10_000, context_length=256, n_layers=4, n_heads=16, d_model=512, d_ff=1344,
              data="tinystories", batch_size=128, max_steps=10_000, eval_tokens=131_072, lr=3e-3)
 PRESETS = {
-    "tiny": dict(vocab_size=512, context_length=64, n_layers=2, n_heads=4, d_model=64, d_ff=176,
-                 data="stdlib", batch_size=16, max_steps=200, warmup_ratio=0.3, eval_tokens=8_192, lr=0.01),
+    "tiny": dict(vocab_size=512, context_length=32, n_layers=2, n_heads=4, d_model=64, d_ff=176,
+                 data="stdlib", batch_size=32, max_steps=200, warmup_ratio=0.4, eval_tokens=8_192, lr=0.01),
     "dense": DENSE,
     "dense-low": DENSE | dict(batch_size=32, max_steps=5_000, lr=1.3e-3),       # an eighth of the tokens
     "moe": dict(vocab_size=49_152, context_length=512, n_layers=6, n_heads=8, d_model=384, d_ff=1536,
