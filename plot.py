@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,8 +158,8 @@ LOG = ("lr", "grad_norm", "max_grad_norm", "val_perplexity", "sharpness", "sharp
 RATE = "peak learning rate (x: diverged)"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 LOOKS = list(zip(COLOURS, "osD^vPXp")) * 9      # Okabe and Ito (2008): colours that everybody can tell apart
-HEAD = "learning rate   seeds   loss       worse by        verdict      bits a byte"
-ROW = "{lr:<16g}{n:<6}{val_loss:>6.3f}{worse_by:>9.3f} ± {half_width:<5.3f}   {verdict:<12}{val_bpb:>8.3f}"
+HEAD = "learning rate   seeds   verdict         loss   bits a byte   worse by"
+ROW = "{:<16g}{:<8}{:<12}{:>8.3f}{:>14.3f}{:>11.3f} ± {:.3f}"
 
 def panels(title, columns, x, across=1, height=4.2, rates=()):
     """A figure 10 inches wide, and its axes: a panel a column; the ticks of a rate's axis are the rates."""
@@ -169,7 +170,7 @@ def panels(title, columns, x, across=1, height=4.2, rates=()):
     tall = height * rows + 0.5
     fig = matplotlib.figure.Figure((10, tall), dpi=110)
     fig.suptitle(title, x=0.02, y=1 - 0.12 / tall, ha="left", va="top", weight="bold", size=13)
-    fig.subplots_adjust(0.08, 0.85 / tall, 0.97, 1 - 0.75 / tall, 0.4, 0.35)
+    fig.subplots_adjust(0.09, 0.85 / tall, 0.97, 1 - 0.75 / tall, 0.4, 0.35)
     for i, column in enumerate(columns):
         ax = fig.add_subplot(rows, across, i + 1)
         ax.grid(alpha=0.25)
@@ -219,30 +220,27 @@ def draw_curves(pictures, runs, title):
         x = "step (colour: learning rate; dashed, x: diverged)"
         figures[name], axes = panels(title, columns * len(settings), x, len(columns))
         from matplotlib import colormaps    # after panels, which minds Jupyter
+        colours = colormaps["viridis"](np.linspace(0, 0.9, len(rates)))
         for ax, (setting, column) in zip(axes, itertools.product(settings, columns)):
             ax.set_title(setting, fontsize=9)
-            top = np.inf
-            for run in runs:
+            for run in [run for run in runs if run["setting"] == setting and points(run, column).size]:
                 steps, values = points(run, column)
-                if run["setting"] != setting or not len(steps):
-                    continue
-                if "loss" in column and top == np.inf:      # the lowest rate's start; higher is cut to it
-                    top = values[0] + 0.2
+                if "loss" in column:    # what rises above the start runs along the top edge
+                    values = np.minimum(values, run["train"]["train_loss"][0] + 0.2)
                 style = "--x" if run["status"] == "diverged" else "-"
-                colour = colormaps["viridis"](0.9 * rates.index(run["lr"]) / max(1, len(rates) - 1))
-                ax.plot(steps, np.minimum(values, top), style, markevery=[-1], color=colour, lw=1.2,
-                        label=f"{run['lr']:g}")
+                colour = colours[rates.index(run["lr"])]
+                ax.plot(steps, values, style, markevery=[-1], color=colour, lw=1.2, label=f"{run['lr']:g}")
             if column == "sharpness_ratio":
                 ax.axhline(1, color="black", lw=1)
     return figures
 
-def draw_rates(ax, insights, column):
+def draw_rates(ax, settings, column):
     """A column of insights' rows against the rate; above the panel an x for what diverged."""
-    for i, s in enumerate(insights["settings"]):
+    for i, s in enumerate(settings):
         colour, marker = LOOKS[i]
-        rates = [row["lr"] for row in s["rates"]]
-        ax.plot(rates, [row[column] for row in s["rates"]], marker=marker, color=colour, mfc="white",
-                label=s["label"])
+        lrs = [row["lr"] for row in s["rates"]]
+        values = [row[column] for row in s["rates"]]
+        ax.plot(lrs, values, color=colour, marker=marker, mfc="white", label=s["label"])
         lost = [row["lr"] for row in s["rates"] if row["diverged"]]
         ax.plot(lost, [1.03 + 0.05 * i] * len(lost), "x", color=colour, clip_on=False,
                 transform=ax.get_xaxis_transform())
@@ -301,84 +299,88 @@ def draw_range_test(run):
 
 def draw_sweep(dir, runs, insights):
     """All of them, from runs with status and setting as sweep.py leaves them, and its insights. -> paths"""
-    use, settings = insights["use"], insights["settings"]
-    title = "No learning rate to use yet"
-    if use:
-        args = [run["args"] for run in runs if run["setting"] == use["setting"]][0]
-        optimizer = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}.get(args.get("optimizer"))
-        sure = "but one seed cannot tell" if use["seeds"] == 1 else f"{use['seeds']} seeds"
-        what = [use["setting"] or optimizer, args.get("preset"), sure]
-        title = f"Use {use['lr']:g}: {', '.join(filter(None, what))}"
+    settings = insights["settings"]
     rates = sorted({row["lr"] for s in settings for row in s["rates"]})
+    title = headline(runs, insights["use"])
     pictures = draw_curves(SWEEP, runs, title)
     pictures["lr_vs_final_loss.png"] = draw_losses(insights, title, rates)
     pictures["detailed_comparison.png"], axes = panels(title, DETAILS, RATE, 3, 3.8, rates)
     axes[-1].yaxis.update_units(STATUSES)       # an axis of names, in this order
     for ax, column in zip(axes, DETAILS):
-        draw_rates(ax, insights, column)
-    looks = dict(zip([s["label"] for s in settings], LOOKS))
-    measured = [run for run in runs if run["setting"] in looks and points(run, "sharpness_ratio").size]
+        draw_rates(ax, settings, column)
+    measured = [run for run in runs if points(run, "sharpness_ratio").size]
     if measured:        # Muon has no threshold
-        pictures["edge_of_stability.png"] = draw_edge(measured, looks, rates)
+        pictures["edge_of_stability.png"] = draw_edge(measured, settings, rates)
     pictures["summary_table.png"] = draw_table(settings, title)
     return save(pictures, dir)
 
+def headline(runs, use):
+    if not use:
+        return "No learning rate to use yet"
+    [args, *_] = [run["args"] for run in runs if run["setting"] == use["setting"]]
+    optimizer = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}.get(args.get("optimizer"))
+    words = [use["setting"] or optimizer, args.get("preset"), f"{use['seeds']} seeds"]
+    if use["seeds"] == 1:
+        words[-1] = "but one seed cannot tell"
+    return f"Use {use['lr']:g}: {', '.join(filter(None, words))}"
+
 def draw_losses(insights, title, rates):
     """Final loss against rate: every run, the means, where the optimum lies, the best rate and the edges."""
+    use, settings = insights["use"], insights["settings"]
     x = "peak learning rate (dot: one run; open marker: mean over the seeds; x: diverged)"
     fig, [ax] = panels(title, ["val_loss"], x, 1, 5.2, rates)
-    fig.subplots_adjust(top=0.81 - 0.03 * len(insights["settings"]))
-    draw_rates(ax, insights, "val_loss")
-    # From just below the best to about a nat above it; what lies higher is written at the top.
-    losses = [loss for s in insights["settings"] for row in s["rates"] for _, loss, _ in row["runs"] if loss]
-    low = min(losses, default=0)
-    span = min(1, max(losses, default=1) - low) or 1
-    ax.set_ylim(low - 0.12 * span, low + 1.06 * span)
-    use = insights["use"]
-    for i, s in enumerate(insights["settings"]):
-        colour = LOOKS[i][0]
+    fig.subplots_adjust(top=0.81 - 0.03 * len(settings))
+    draw_rates(ax, settings, "val_loss")
+    for s, (colour, _) in zip(settings, LOOKS):
         for row in s["rates"]:
             ax.plot([row["lr"]] * len(row["runs"]), [loss for _, loss, _ in row["runs"]], ".", color=colour)
-            if row["val_loss"] and row["val_loss"] > ax.get_ylim()[1]:
-                write(ax, row["lr"], i, f" ↑ {row['val_loss']:.2f}", colour)
+    low, high = ax.dataLim.intervaly
+    if low < high:      # from just below the best to about a nat above it
+        ax.set_ylim(low - 0.12 * min(1, high - low), low + 1.06 * min(1, high - low))
+    for i, s in enumerate(settings):
+        for row in s["rates"]:
+            if row["val_loss"] and row["val_loss"] > low + 1.06:
+                write(ax, row["lr"], i, f" ↑ {row['val_loss']:.2f}", LOOKS[i][0])
         if use and use["setting"] == s["label"]:
-            left, right = ax.get_xlim()
-            if use["low"] or use["high"]:
-                band = use["low"] or left, use["high"] or right
-                ax.axvspan(*band, alpha=0.12, color=colour)
-                write(ax, np.sqrt(band[0] * band[1]), -20, "the optimum lies here (95%)", colour, "center")
-            ax.set_xlim(left, right)
-            level = len(insights["settings"])
-            mark(ax, use["lr"], level, "best")
-            for status, found in s["edge"].items():     # unstable, diverged
-                level += 1
-                if found:
-                    mark(ax, found["lr"], level, f"first {status}")
+            draw_answer(ax, use, s["edge"], LOOKS[i][0], len(settings))
     return fig
 
-def draw_edge(runs, looks, rates):
-    """A run's sharpness over its threshold in the second half of its steps: the median, from 10 to 90%."""
+def draw_answer(ax, use, edge, colour, level):
+    """The band that holds the optimum, the best rate, and the edges above it."""
+    left, right = ax.get_xlim()
+    low, high = use["low"] or left, use["high"] or right
+    if use["low"] or use["high"]:
+        ax.axvspan(low, high, alpha=0.12, color=colour)
+        write(ax, math.sqrt(low * high), -20, "the optimum lies here (95%)", colour, "center")
+    ax.set_xlim(left, right)
+    mark(ax, use["lr"], level, "best")
+    for status in ("unstable", "diverged"):
+        level += 1
+        if edge[status]:
+            mark(ax, edge[status]["lr"], level, f"first {status}")
+
+def draw_edge(runs, settings, rates):
+    """Sharpness over its threshold in the second half of each run: the median, from 10 to 90%."""
     fig, [ax] = panels("The edge of stability", ["sharpness_ratio"], RATE, rates=rates)
     ax.axhline(1, color="black", lw=1)
-    for run in runs:
-        _, ratios = points(run, "sharpness_ratio")
-        low, median, high = np.quantile(ratios[len(ratios) // 2:], [0.1, 0.5, 0.9])
-        colour, marker = looks[run["setting"]]
-        if run["status"] == "diverged":
-            marker = "x"
-        ax.plot([run["lr"]] * 2, [low, high], color=colour)
-        ax.plot(run["lr"], median, marker, color=colour, label=run["setting"])
+    for s, (colour, marker) in zip(settings, LOOKS):
+        for run in [run for run in runs if run["setting"] == s["label"]]:
+            _, later = np.array_split(points(run, "sharpness_ratio")[1], 2)
+            ax.plot([run["lr"]] * 3, np.quantile(later, [0.1, 0.5, 0.9]), color=colour, marker=marker,
+                    markevery=[1], label=s["label"])
+            if run["status"] == "diverged":
+                ax.plot(run["lr"], np.median(later), "x", color="black")
     return fig
 
 def draw_table(settings, title):
-    """The numbers of each rate."""
+    """The numbers of each rate; nothing in place of 0 and of what is not known."""
     lines = []
     for s in settings:
         lines += ["", s["label"], HEAD]
         for row in s["rates"]:
-            known = {name: np.nan if value is None else value for name, value in row.items()}
-            line = ROW.format(**known, n=len(row["seeds"]))
-            lines.append(line.replace("± nan", "     ").replace("nan", "   "))
+            numbers = [row[name] or np.nan for name in ("val_loss", "val_bpb", "worse_by", "half_width")]
+            line = ROW.format(row["lr"], len(row["seeds"]), row["verdict"], *numbers)
+            lines.append(re.sub("± nan|nan ±.*|nan", "   ", line))
     fig, [ax] = panels(title, [""], "", height=0.22 * len(lines) + 0.6)
     ax.axis("off")
     ax.text(0, 1, "\n".join(lines[1:]), family="monospace", va="top", linespacing=1.5)
