@@ -37,9 +37,12 @@ STEADY = 0.25       # share of the descent in the last third of the steps; 0.4 f
 HUGE = 1e9          # stands for a loss that is not finite
 STATUSES = ("converged", "slow", "unstable", "diverged")
 
+def finite(losses):
+    return np.nan_to_num(np.asarray(losses, float), nan=HUGE, posinf=HUGE)
+
 def classify(losses):
     """The status of a curve of training losses (nats a token, in the order they were logged)."""
-    losses = np.nan_to_num(np.asarray(losses, float), nan=HUGE, posinf=HUGE)
+    losses = finite(losses)
     n = len(losses)
     if HUGE in losses[-1:]:
         return "diverged"
@@ -69,10 +72,11 @@ def classify(losses):
 def is_lost(losses, n_expected):
     """May a run of n_expected log steps stop here? Only where it cannot come back: the last three losses are
     not finite, or those of half the run lie over a nat above the first. classify then says diverged."""
-    losses = np.nan_to_num(np.asarray(losses, float), nan=HUGE, posinf=HUGE)
+    losses = finite(losses)
     half = max(3, math.ceil(n_expected / 2))
-    gone = len(losses) > 2 and losses[-3:].min() == HUGE
-    return bool(gone or (len(losses) > half and losses[-half:].min() > losses[0] + FAR))
+    if len(losses) > half and losses[-half:].min() > losses[0] + FAR:
+        return True
+    return len(losses) > 2 and bool(losses[-3:].min() == HUGE)
 
 # Reading: what cannot be read is named and left out -----------------------------------------------
 
@@ -94,13 +98,13 @@ def read_table(path):
     for row in csv.DictReader(lines[:-1]):      # what follows the last newline is half written
         setting = row.pop("setting", "")
         try:
-            rows.append({name: float(cell or "nan") for name, cell in row.items()})
-            rows[-1]["setting"] = setting
+            numbers = {name: float(cell or "nan") for name, cell in row.items()}
+            rows.append(numbers | dict(setting=setting))
         except (ValueError, TypeError) as error:    # a TypeError: more cells than the header
             say(f"left out: a row of {path} ({error})", sys.stderr)
     return rows
 
-def make_run(dir, args, rows, summary):
+def make_run(dir, args, rows, summary, config):
     """A run from the rows of its metrics.csv; its train: those of steps, not of evaluations."""
     names = ["step", "lr", "train_loss", "val_loss"]
     names += [name for row in rows[:1] for name in row]
@@ -113,8 +117,8 @@ def make_run(dir, args, rows, summary):
     status = str(summary.get("status", "running"))
     if status in STATUSES:      # the run is over
         status = classify(train["train_loss"])
-    return dict(dir=dir, name=dir.name, config={}, args=args, lr=float(args["lr"]), seed=int(args["seed"]),
-                metrics=metrics, train=train, summary=summary, status=status, setting="")
+    return dict(dir=dir, name=dir.name, setting="", lr=float(args["lr"]), seed=int(args["seed"]),
+                config=config, args=args, metrics=metrics, train=train, summary=summary, status=status)
 
 def read_run(dir):
     """The run in a folder, or None where there is no config.json that can be read."""
@@ -124,8 +128,7 @@ def read_run(dir):
         return None
     summary = read_json(dir / "summary.json") or {}
     try:
-        run = make_run(dir, config["args"], read_table(dir / "metrics.csv"), summary)
-        return run | dict(config=config)
+        return make_run(dir, config["args"], read_table(dir / "metrics.csv"), summary, config)
     except (KeyError, TypeError, ValueError) as error:      # it is no run's, or damaged
         say(f"left out: {dir} ({error!r})", sys.stderr)
 
@@ -139,7 +142,8 @@ def read_runs(dir):
             curves.setdefault((row["setting"], row["lr"], row["seed"]), []).append(row)
     for (setting, lr, seed), rows in curves.items():
         ends = [None] + [row["val_loss"] for row in rows if row["val_loss"] < np.inf]
-        run = make_run(dir, dict(lr=lr, seed=seed), rows, dict(status="converged", final_val_loss=ends[-1]))
+        summary = dict(status="converged", final_val_loss=ends[-1])
+        run = make_run(dir, dict(lr=lr, seed=seed), rows, summary, {})
         runs.append(run | dict(setting=setting, name=f"{setting} lr{lr:g}-s{seed:g}".strip()))
     return sorted(runs, key=lambda run: (run["lr"], run["seed"], run["name"]))
 
@@ -186,19 +190,14 @@ def panels(title, columns, x, across=1, height=4.2, rates=()):
     return fig, fig.axes
 
 def save(pictures, dir):
-    """{name: figure} -> the paths written; a picture that cannot be written is named."""
-    paths = []
+    """{name: figure} -> the paths written."""
     for name, fig in pictures.items():
         lines = {label: line for ax in fig.axes for line, label in zip(*ax.get_legend_handles_labels())}
         if len(lines) > 1:      # one legend, beside the panels
             box = fig.legend(lines.values(), lines, loc="upper right", frameon=False, fontsize=8)
             fig.subplots_adjust(right=0.97 - box.get_window_extent().width / fig.bbox.width)
-        try:
-            fig.savefig(Path(dir) / name)
-            paths.append(Path(dir) / name)
-        except OSError as error:
-            say(f"not drawn: {error}", sys.stderr)
-    return paths
+        fig.savefig(Path(dir) / name)
+    return [Path(dir) / name for name in pictures]
 
 def points(run, column, x="step"):
     """x and column, medians of at most 50 blocks: minibatch noise hides who is lower. (2, blocks)"""
@@ -217,19 +216,18 @@ def draw_curves(pictures, runs, title):
         columns = [column for column in columns if any(points(run, column).size for run in runs)]
         if not columns:
             continue
-        x = "step (colour: learning rate; dashed, x: diverged)"
-        figures[name], axes = panels(title, columns * len(settings), x, len(columns))
+        figures[name], axes = panels(title, columns * len(settings), "step (x: diverged)", len(columns))
         from matplotlib import colormaps    # after panels, which minds Jupyter
         colours = colormaps["viridis"](np.linspace(0, 0.9, len(rates)))
         for ax, (setting, column) in zip(axes, itertools.product(settings, columns)):
             ax.set_title(setting, fontsize=9)
-            for run in [run for run in runs if run["setting"] == setting and points(run, column).size]:
+            for run in [run for run in runs if run["setting"] == setting]:
                 steps, values = points(run, column)
                 if "loss" in column:    # what rises above the start runs along the top edge
-                    values = np.minimum(values, run["train"]["train_loss"][0] + 0.2)
+                    values = np.minimum(values, run["train"]["train_loss"][0] + 0.5)
                 style = "--x" if run["status"] == "diverged" else "-"
-                colour = colours[rates.index(run["lr"])]
-                ax.plot(steps, values, style, markevery=[-1], color=colour, lw=1.2, label=f"{run['lr']:g}")
+                ax.plot(steps, values, style, color=colours[rates.index(run["lr"])], lw=1.2,
+                        markevery=slice(-1, None), label=f"rate {run['lr']:g}")
             if column == "sharpness_ratio":
                 ax.axhline(1, color="black", lw=1)
     return figures
@@ -276,7 +274,7 @@ def draw_run(dir):
     return save(pictures, dir)
 
 def range_test_readings(lrs, losses):
-    """What people read off a smooth learning-rate range test (Smith 2017; fastai): {name: learning rate}."""
+    """What people read off a learning-rate range test (Smith 2017; fastai): {name: learning rate}."""
     lowest = np.argmin(losses)
     slopes = np.diff(losses[:lowest + 1], append=np.inf)
     low = losses <= 0.95 * losses[lowest] + 0.05 * losses[0]
@@ -288,13 +286,15 @@ def draw_range_test(run):
     """Loss against the learning rate that rises from step to step."""
     lrs, losses = points(run, "train_loss", "lr")
     title = "Learning-rate range test: a first look; a sweep is the answer"
-    fig, [ax] = panels(title, ["train_loss"], "learning rate (dots: steps)", rates=[lrs[0], lrs[-1]])
+    fig, [ax] = panels(title, ["train_loss"], "learning rate", height=5)
     fig.subplots_adjust(top=0.75)
-    ax.plot(run["train"]["lr"], run["train"]["train_loss"], ".", color="#999999")
-    ax.plot(lrs, losses, color=COLOURS[0])
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.plot(lrs, losses, ".-", color=COLOURS[0])
     ax.set_ylim(losses.min() - 0.2, losses[0] + 0.5)
-    for level, (name, lr) in enumerate(range_test_readings(lrs, losses).items()):
-        mark(ax, lr, level, name, COLOURS[1 + level])
+    readings = range_test_readings(lrs, losses)
+    for level, name in enumerate(sorted(readings, key=readings.get)):   # no line crosses another's text
+        mark(ax, readings[name], level, name, COLOURS[1 + level])
     return fig
 
 def draw_sweep(dir, runs, insights):
@@ -339,7 +339,7 @@ def draw_losses(insights, title, rates):
         ax.set_ylim(low - 0.12 * min(1, high - low), low + 1.06 * min(1, high - low))
     for i, s in enumerate(settings):
         for row in s["rates"]:
-            if row["val_loss"] and row["val_loss"] > low + 1.06:
+            if (row["val_loss"] or 0) > low + 1.06:
                 write(ax, row["lr"], i, f" ↑ {row['val_loss']:.2f}", LOOKS[i][0])
         if use and use["setting"] == s["label"]:
             draw_answer(ax, use, s["edge"], LOOKS[i][0], len(settings))
