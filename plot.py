@@ -224,7 +224,7 @@ def draw_curves(pictures, runs, title):
             for run in [run for run in runs if run["setting"] == setting]:
                 steps, values = points(run, column)
                 if "loss" in column:    # what rises above the start runs along the top edge
-                    values = np.minimum(values, run["train"]["train_loss"][0] + 0.5)
+                    values = np.fmin(values, run["train"]["train_loss"][0] + 0.5)
                 style = "--x" if run["status"] == "diverged" else "-"
                 ax.plot(steps, values, style, color=colours[rates.index(run["lr"])], lw=1.2,
                         markevery=slice(-1, None), label=f"rate {run['lr']:g}")
@@ -365,7 +365,8 @@ def draw_edge(runs, settings, rates):
     ax.axhline(1, color="black", lw=1)
     for s, (colour, marker) in zip(settings, LOOKS):
         for run in [run for run in runs if run["setting"] == s["label"]]:
-            _, later = np.array_split(points(run, "sharpness_ratio")[1], 2)
+            _, ratios = points(run, "sharpness_ratio")
+            later = ratios[len(ratios) // 2:]
             ax.plot([run["lr"]] * 3, np.quantile(later, [0.1, 0.5, 0.9]), color=colour, marker=marker,
                     markevery=[1], label=s["label"])
             if run["status"] == "diverged":

@@ -477,6 +477,10 @@ def test_sharpness_is_its_ratio_to_the_threshold_where_one_is_known(tmp_path, dr
     [ax] = drawn["edge_of_stability.png"].axes
     low, middle, high = ax.lines[1].get_ydata()
     assert low < 1.2 and middle == pytest.approx(1.5, abs=0.03) and high > 1.8
+    path.write_text(f"step,lr,train_loss,{names}\n1,0.003,7,9,50,100\n")      # measured once
+    run = dict(plot.read_run(tmp_path / "r"), setting="", loss=3.0)
+    plot.draw_sweep(tmp_path, [run], make_insights([run]))
+    assert list(drawn["edge_of_stability.png"].axes[0].lines[1].get_ydata()) == [0.5] * 3
     drawn.clear()
     path.write_text("step,lr,train_loss,sharpness\n1,0.003,7,5\n2,0.003,6,8\n")     # Muon has none
     run = dict(plot.read_run(tmp_path / "r"), setting="", loss=3.0)
