@@ -12,6 +12,7 @@ training losses and from nothing else:
     python plot.py runs/tiny              a sweep: starts python sweep.py --report, which draws and analyses
 """
 import csv
+import io
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import say
+from data import say, write_aside
 
 # A run's fate: all thresholds, in nats unless they say otherwise ----------------------------------
 
@@ -190,14 +191,21 @@ def panels(title, columns, x, across=1, height=4.2, rates=()):
     return fig, fig.axes
 
 def save(pictures, dir):
-    """{name: figure} -> the paths written."""
+    """{name: figure} -> the paths written; one that cannot be written is named, and is left to the next time."""
+    paths = []
     for name, fig in pictures.items():
         lines = {label: line for ax in fig.axes for line, label in zip(*ax.get_legend_handles_labels())}
         if len(lines) > 1:      # one legend, beside the panels
             box = fig.legend(lines.values(), lines, loc="upper right", frameon=False, fontsize=8)
             fig.subplots_adjust(right=0.97 - box.get_window_extent().width / fig.bbox.width)
-        fig.savefig(Path(dir) / name)
-    return [Path(dir) / name for name in pictures]
+        content = io.BytesIO()
+        fig.savefig(content)
+        try:
+            write_aside(Path(dir) / name, content.getvalue())
+            paths.append(Path(dir) / name)
+        except OSError as error:
+            say(f"not drawn: {Path(dir) / name} ({error.strerror or error})", sys.stderr)
+    return paths
 
 def points(run, column, x="step"):
     """x and column, medians of at most 50 blocks: minibatch noise hides who is lower. (2, blocks)"""

@@ -526,3 +526,13 @@ def test_the_program_draws_a_run_whatever_jupyter_sets_and_starts_the_report_of_
     assert "loss_curves.png" in python(tmp_path / "sweep" / "run").stdout
     done = python(tmp_path / "sweep")
     assert done.returncode == 3 and str(["--report", str(tmp_path / "sweep")]) in done.stdout
+
+
+def test_a_picture_that_cannot_be_written_is_named_and_drawn_the_next_time(tmp_path, capsys):
+    make_run(tmp_path / "run", 3e-3)
+    (tmp_path / "run" / "lr_schedule.png").mkdir()      # cannot be written over
+    assert [path.name for path in plot.draw_run(tmp_path / "run")] == ["loss_curves.png"]
+    assert "not drawn" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.tmp*"))
+    (tmp_path / "run" / "lr_schedule.png").rmdir()
+    assert len(plot.draw_run(tmp_path / "run")) == 2
