@@ -97,7 +97,7 @@ FLAGS = {   # group: {flag: (how to read it, default unless the preset has one, 
         "log-interval": (AUTO, 0, "steps from one log line to the next; 0: a hundredth of the run"),
         "eval-interval": (AUTO, 0, "steps from one evaluation to the next; 0: a tenth of the run"),
         "eval-tokens": (COUNT, None, "tokens of an evaluation, always the same ones"),
-        "checkpoint-interval": (AUTO, 0, "steps from one checkpoint to the next; 0: as --eval-interval"),
+        "checkpoint-interval": (AUTO, 0, "steps from one to the next; 0: at evaluations, after 10 s or more"),
         "sharpness": (AUTO, 0, "steps between measurements of the Hessian's top eigenvalue; 0: none"),
         "sample": (AUTO, 64, "tokens of text to generate at the end"),
         "no-plot": (SWITCH, False, "draw no pictures"),
@@ -556,9 +556,8 @@ def run(args, config):
     came, handlers = watch_signals()
     eval_interval = args.eval_interval or max(1, args.max_steps // 10)
     log_interval = args.log_interval or max(1, args.max_steps // 100)
-    checkpoint_interval = args.checkpoint_interval or eval_interval
     began = time.perf_counter() - state.elapsed
-    timed_from = time.perf_counter()                    # tokens_per_sec is that of training alone
+    saved_at = timed_from = time.perf_counter()         # tokens_per_sec is that of training alone
     while True:
         last = step == args.max_steps or state.lost
         paused = time.perf_counter()
@@ -583,8 +582,11 @@ def run(args, config):
             stopped = vote.item() > 0
 
         # Save everything that the next step depends on, and the rows written so far.
-        if last or stopped or step > start and step % checkpoint_interval == 0:
-            state.step, state.elapsed = step, time.perf_counter() - began
+        due = step > start and step % (args.checkpoint_interval or eval_interval) == 0
+        due = due and (args.checkpoint_interval or paused > saved_at + 10)      # it takes time
+        if due or last or stopped:
+            saved_at = time.perf_counter()
+            state.step, state.elapsed = step, saved_at - began
             folder.save("last.pt", model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                         schedule=vars(schedule), state=vars(state))
         if last or stopped:
