@@ -55,9 +55,9 @@ def fail(message):
 def within(kind, low, high):
     """How argparse reads a flag: as a number of that kind in [low, high]."""
     def number(text):
-        if low <= kind(text) <= high:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text:.40} is not a number from {low:g} to {high:g}")
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text:.40} is not a number from {low:g} to {high:g}")
+        return kind(text)
     return dict(type=number)
 
 TEXT, SWITCH, ON_OFF = dict(), dict(action="store_true"), dict(action=argparse.BooleanOptionalAction)
@@ -106,7 +106,8 @@ FLAGS = {   # group: {flag: (how to read it, default unless the preset has one, 
 }
 for field in fields(ModelConfig):
     how = ON_OFF if field.type is bool else within(field.type, 1e-9 if field.default else 0, 1e9)
-    FLAGS["model"][field.name] = how, field.default, field.metadata.get("help", "a field of ModelConfig")
+    text = field.metadata.get("help", "a field of ModelConfig")
+    FLAGS["model"][field.name.replace("_", "-")] = how, field.default, text
 FREE = {"out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval", "grad_accum",
         "data_tokens"}      # may differ in a run that is resumed; another text has another hash
 
@@ -119,7 +120,7 @@ def parse_args(argv=None):
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for flag, (how, default, text) in flags.items():
-            group.add_argument("--" + flag.replace("_", "-"), default=default, help=text, **how)
+            group.add_argument(f"--{flag}", default=default, help=text, **how)
     preset = PRESETS[p.parse_known_args(argv)[0].preset]
     p.set_defaults(**preset | dict(lr=None))
     p.add_argument("-h", "--help", action="help", help="show these flags, with the defaults of the preset")
@@ -216,6 +217,11 @@ def all_reduce(tensors):
     for t, total in zip(tensors, message.split([t.numel() for t in tensors])):
         t.copy_(total.view_as(t))
 
+def any_process(flag, device):
+    count = torch.tensor(float(flag), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
+
 def check_size(args, config, device, world):
     """Refuse what the processes cannot share, or what no memory holds (a lower bound), before it is made."""
     if args.batch_size % (args.grad_accum * world):
@@ -297,19 +303,17 @@ class RunFolder:
                      "repeat what it began with, or choose another --out")
 
     def finished(self):
-        """Is the run over, and are its files those of its checkpoint?"""
         run = plot.read_run(self.path)          # None: config.json is damaged
-        if not run or run["status"] not in plot.STATUSES:
-            return False
-        return not self.saved or self.saved["metrics"].encode() == (self.path / "metrics.csv").read_bytes()
+        rows = self.saved and self.saved["metrics"].encode()
+        over = run and run["status"] in plot.STATUSES
+        return over and rows in (None, (self.path / "metrics.csv").read_bytes())
 
     def open(self, config):
         """Begin the files, or go on with those of the checkpoint; what changed since is said and kept."""
         rows, changes = "", []
         if self.saved:
             began, rows = self.config, self.saved["metrics"]
-            edited = sorted(config["code"].items() - began["code"].items())
-            changes = [f"{file} edited" for file, _ in edited]
+            changes = [f"{file} edited" for file, _ in sorted(config["code"].items() - began["code"].items())]
             changes += [f"{flag} new" for flag in config["args"] if flag not in began["args"]]
             began["resumes"].append(dict(config, step=self.saved["state"]["step"], changes=changes))
         else:
@@ -435,13 +439,12 @@ def finish(folder, args, state, stopped, model, tokenizer):
     """The summary, a sample of text, the pictures."""
     status = "interrupted" if stopped else plot.classify(state.history)
     tokens = state.step * args.batch_size * args.context_length
-    speed = tokens / state.elapsed
     folder.write_json("summary.json", dict(
         state.results, status=status, steps=state.step, max_steps=args.max_steps, tokens=tokens, lr=args.lr,
-        seed=args.seed, seconds=state.elapsed, tokens_per_sec=speed, ended_early=state.lost,
+        seed=args.seed, seconds=state.elapsed, tokens_per_sec=tokens / state.elapsed, ended_early=state.lost,
         n_params=folder.config["n_params"], max_grad_norm=state.max_grad_norm.item(),
         peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 or None))
-    folder.say(f"{status} at step {state.step}: {state.elapsed:.0f} s, {speed:,.0f} tok/s")
+    folder.say(f"{status} at step {state.step}: {state.elapsed:.0f} s, {tokens / state.elapsed:,.0f} tok/s")
     if stopped:
         folder.say(f"the same command with --out {folder.path} --resume goes on from here")
     elif state.lost:
@@ -565,21 +568,19 @@ def run(args, config):
         # Evaluate: always the same windows, before the step that follows.
         if step > start and (step % eval_interval == 0 or last):
             val = evaluate(model, *windows.to(device), min(args.batch_size, 32), corpus.token_bytes)
-            loss, accuracy, bpb = val["val_loss"], val["val_accuracy"], val["val_bpb"]
-            log(f"val loss {loss:.4f} | accuracy {accuracy:.2%} | {bpb:.4f} bits a byte", **val)
-            state.results.update({f"final_{key}": value for key, value in val.items()})
-            if loss < state.results["best_val_loss"]:
-                state.results.update(best_val_loss=loss, best_val_step=step, best_val_accuracy=accuracy)
+            line = "val loss {val_loss:.4f} | accuracy {val_accuracy:.2%} | {val_bpb:.4f} bits a byte"
+            log(line.format(**val), **val)
+            state.results.update({f"final_{name}": val[name] for name in val})
+            if val["val_loss"] < state.results["best_val_loss"]:
+                state.results.update({f"best_{name}": val[name] for name in val}, best_val_step=step)
                 folder.save("best.pt", model=model.state_dict(), step=step, **val)
             if args.schedule == "plateau":
-                schedule.observe(loss)
+                schedule.observe(val["val_loss"])
 
         # Stop? A signal may reach processes at different steps, so they agree at the log steps.
-        stopped = bool(came) and not last and (world == 1 or step % log_interval == 0)
-        if world > 1 and step % log_interval == 0:
-            vote = torch.tensor([float(stopped)], device=device)
-            dist.all_reduce(vote)
-            stopped = vote.item() > 0
+        stopped = bool(came) and not last
+        if world > 1:
+            stopped = step % log_interval == 0 and any_process(stopped, device)
 
         # Save everything that the next step depends on, and the rows written so far.
         due = step > start and step % (args.checkpoint_interval or eval_interval) == 0
@@ -597,9 +598,9 @@ def run(args, config):
         lr = args.lr * factor
         if args.sharpness and step % args.sharpness == 0:
             batch = get_batch(args.batch_size if args.full_batch else min(args.batch_size, 16), 0)
-            cells = measure_sharpness(model, optimizers, *batch.to(device), name=args.optimizer, lr=lr,
-                                      momentum=args.momentum, beta1=args.beta1, grad_clip=args.grad_clip,
-                                      vectors=state.eigenvectors)
+            cells = measure_sharpness(
+                model, optimizers, *batch.to(device), name=args.optimizer, lr=lr, momentum=args.momentum,
+                beta1=args.beta1, grad_clip=args.grad_clip, vectors=state.eigenvectors)
             log(f"sharpness {cells['sharpness']:.4g}", **cells)
         timed_from += time.perf_counter() - paused
 
@@ -638,7 +639,7 @@ def run(args, config):
     folder.saving.result()
     for number, handler in handlers.items():            # from here on the first Ctrl-C ends it
         signal.signal(number, handler)
-    if rank == 0:
+    if folder.owner:
         finish(folder, args, state, stopped, model, corpus.tokenizer)
     if world > 1:
         del train_step                                  # NCCL waits for the graphs that hold its calls
