@@ -22,7 +22,6 @@ import io
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -30,7 +29,6 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -57,10 +55,10 @@ def fail(message):
 def within(kind, low, high):
     """How argparse reads a flag: as a number of that kind in [low, high]."""
     def number(text):
-        if low <= kind(text) <= high:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text:.40} is not a number from {low:g} to {high:g}")
-    return dict(type=number, metavar="N" if kind is int else "X")
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text:.40} is not a number from {low:g} to {high:g}")
+        return kind(text)
+    return dict(type=number)
 
 TEXT, SWITCH, ON_OFF = dict(), dict(action="store_true"), dict(action=argparse.BooleanOptionalAction)
 COUNT, AUTO, SHARE = within(int, 1, 1e9), within(int, 0, 1e9), within(float, 0, 1)
@@ -99,7 +97,7 @@ FLAGS = {   # group: {flag: (how to read it, default unless the preset has one, 
         "log-interval": (AUTO, 0, "steps from one log line to the next; 0: a hundredth of the run"),
         "eval-interval": (AUTO, 0, "steps from one evaluation to the next; 0: a tenth of the run"),
         "eval-tokens": (COUNT, None, "tokens of an evaluation, always the same ones"),
-        "checkpoint-interval": (AUTO, 0, "steps from one to the next; 0: a tenth of the run, at least 10 s"),
+        "checkpoint-interval": (AUTO, 0, "steps from one to the next; 0: at evaluations, after 10 s or more"),
         "sharpness": (AUTO, 0, "steps between measurements of the Hessian's top eigenvalue; 0: none"),
         "sample": (AUTO, 64, "tokens of text to generate at the end"),
         "no-plot": (SWITCH, False, "draw no pictures"),
@@ -107,37 +105,35 @@ FLAGS = {   # group: {flag: (how to read it, default unless the preset has one, 
         "prepare": (SWITCH, False, "prepare the text, print the settings as JSON, and stop")},
 }
 for field in fields(ModelConfig):
-    how = within(field.type, 1e-9 if field.default else 0, 1e9)     # a size is not 0
+    how = ON_OFF if field.type is bool else within(field.type, 1e-9 if field.default else 0, 1e9)
     text = field.metadata.get("help", "a field of ModelConfig")
-    FLAGS["model"][field.name] = ON_OFF if field.type is bool else how, field.default, text
+    FLAGS["model"][field.name.replace("_", "-")] = how, field.default, text
 FREE = {"out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval", "grad_accum",
         "data_tokens"}      # may differ in a run that is resumed; another text has another hash
 
 def parse_args(argv=None):
-    """Command line -> (args, ModelConfig). Defaults are the preset's, which is therefore read first."""
+    """Command line -> (args, ModelConfig). The preset's settings replace the defaults of FLAGS."""
     p = argparse.ArgumentParser("train.py", description=(__doc__ or "").split("\n\n")[0], add_help=False,
-                                allow_abbrev=False)
+                                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = fail
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="defaults of model, text and budget")
-    name = p.parse_known_args(argv)[0].preset
-    preset = PRESETS[name]
-    p.add_argument("-h", "--help", action="help", help=f"show these flags, with the defaults of {name}")
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for flag, (how, default, text) in flags.items():
-            if flag != "lr":
-                default = preset.get(flag.replace("-", "_"), default)
-            shown = "" if default in (None, False) else " (default: %(default)s)"
-            group.add_argument("--" + flag.replace("_", "-"), default=default, help=text + shown, **how)
+            group.add_argument(f"--{flag}", default=default, help=text, **how)
+    preset = PRESETS[p.parse_known_args(argv)[0].preset]
+    p.set_defaults(**preset | dict(lr=None))
+    p.add_argument("-h", "--help", action="help", help="show these flags, with the defaults of the preset")
     args = p.parse_args(argv)
     try:
         config = ModelConfig(**{field.name: getattr(args, field.name) for field in fields(ModelConfig)})
     except ValueError as e:
         fail(e)
     # The preset's learning rate was found for its own optimizer and width.
-    found_with = preset.get("optimizer", "adamw"), preset.get("d_model", ModelConfig.d_model)
-    known = preset.get("lr") if found_with == (args.optimizer, args.d_model) else None
-    args.lr = args.lr or known or first_guess(args.optimizer, args.d_model)
+    own = preset.get("optimizer", "adamw"), preset.get("d_model", ModelConfig.d_model)
+    if own == (args.optimizer, args.d_model):
+        args.lr = args.lr or preset.get("lr")
+    args.lr = args.lr or first_guess(args.optimizer, args.d_model)
     return args, config
 
 # The hardware -------------------------------------------------------------------------------------
@@ -145,16 +141,19 @@ def parse_args(argv=None):
 def pick_device(name, local_rank=0, world=1):
     """A torch.device that is really there; `auto` takes cuda, then mps, then cpu.
 
-    On Apple's mps: float32 by default, no float64 and no pinned memory, so that figures and samples go to
-    the CPU first; gloo cannot sum its tensors, so that torchrun is refused. From documentation and reports:
-    nobody here has a Mac.
+    What is known of Apple's mps, from documentation and reports (nobody here has a Mac):
+    - it has no float64 and no pinned memory; figures go to the CPU before they become Python's;
+    - float32 is the default; bfloat16 needs macOS 14, and nanochat#244 found it no faster;
+    - multinomial drew impossible tokens, so that samples are drawn on the CPU (pytorch#192577);
+    - gloo cannot sum its tensors, so that torchrun is refused;
+    - gradients of over 32,768 tokens at once can be wrong (pytorch#177116, open): --grad-accum splits them.
     """
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name == "cuda" or (name == "auto" and there[0] == "cuda:0"):
+    if name == "auto":
+        name = there[0].split(":")[0]
+    if name == "cuda":
         name = f"cuda:{local_rank}"
-    elif name == "auto":
-        name = there[0]
     if name not in there or (name == "mps" and world > 1):
         fail(f"device {name!r} is not available here, or not to several processes; use --device cpu")
     return torch.device(name)
@@ -218,99 +217,105 @@ def all_reduce(tensors):
     for t, total in zip(tensors, message.split([t.numel() for t in tensors])):
         t.copy_(total.view_as(t))
 
+def any_process(flag, device):
+    count = torch.tensor(float(flag), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
+
 def check_size(args, config, device, world):
     """Refuse what the processes cannot share, or what no memory holds (a lower bound), before it is made."""
     if args.batch_size % (args.grad_accum * world):
         fail(f"--batch-size {args.batch_size} is no multiple of {world} x --grad-accum {args.grad_accum}")
     d, ff, tokens = config.d_model, config.d_ff, args.batch_size * config.context_length
+    piece = tokens // (args.grad_accum * world)
+    if device.type == "mps" and piece > 32_768:
+        say(f"mps: gradients of {piece:,} tokens may be wrong (pytorch#177116); use --grad-accum", sys.stderr)
+    if device.type == "mps" and args.dtype == "bfloat16":
+        say("mps: bfloat16 needs macOS 14, and was reported to be no faster than float32", sys.stderr)
+    if device.type == "cuda" or not hasattr(os, "sysconf"):     # a GPU says so itself; Windows has no sysconf
+        return
     weights = config.vocab_size * d + config.n_layers * (4 * d * d + 2 * max(1, config.n_experts) * d * ff)
-    activations = 2 * config.n_layers * (6 * d + 2 * ff) / (args.grad_accum * world)    # bytes a token
-    gib = (16 * weights + tokens * (activations + 16)) / 2**30     # 16: float32, gradients, two averages
-    there = math.inf
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory / 2**30
-    elif hasattr(os, "sysconf"):    # Windows has none
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if gib > there:
-        fail(f"needs over {gib:,.0f} GiB of memory, of {there:,.0f}; lower --batch-size or a model size")
+    activations = 2 * config.n_layers * (6 * d + 2 * ff)        # bytes a token
+    gib = (16 * (weights + tokens) + piece * activations) / 2**30       # 16: gradients and averages, too; ids
+    if gib > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30:
+        fail(f"needs over {gib:,.0f} GiB of memory, more than there is; lower --batch-size or a model size")
 
 # The folder of a run ------------------------------------------------------------------------------
 
 def provenance(device):
     """What made the numbers: code, versions, commit ("-dirty": changed since), hardware."""
     here = Path(__file__).parent
+    files = ("model.py", "optim.py", "schedule.py", "data.py", "train.py", "plot.py")
+    code = {file: hashlib.sha256((here / file).read_bytes()).hexdigest() for file in files}
     commit = None
-    with suppress(OSError):     # no git here
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip() or None
+    if shutil.which("git"):
+        git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=here).stdout.strip()
     name = f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    files = ("model.py", "optim.py", "schedule.py", "data.py", "train.py", "plot.py")
-    return dict(code={file: hashlib.sha256((here / file).read_bytes()).hexdigest() for file in files},
-                python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__,
-                git_commit=commit, device=str(device), device_name=name)
+    return dict(code=code, git_commit=commit, python=sys.version.split()[0], torch=str(torch.__version__),
+                numpy=np.__version__, device=str(device), device_name=name)
 
 class RunFolder:
     """The files of a run: its config (.json), saved (the checkpoint to go on with, or None), and the rest.
     Of the processes of a torchrun only the first one, the owner, writes and speaks."""
-    def __init__(self, path, resume, owner):
-        self.path = Path(path)
+    def __init__(self, args, owner, device):
+        name = time.strftime(f"{args.preset}-lr{args.lr:g}-s{args.seed}-%m%d-%H%M%S-{os.getpid()}")
+        self.path = Path(args.out or f"runs/single/{name}")
         self.owner = owner
+        self.config = {}
         self.saved = None
-        self.config = (resume and plot.read_json(self.path / "config.json")) or {}
         self.saver = ThreadPoolExecutor(1)      # writes a checkpoint while the next steps run
         self.saving = self.saver.submit(int)
-        found = set(os.listdir(path)) - {".lock", "stderr.log"} if self.path.exists() else set()
-        if found and not (resume and found & {"config.json", "checkpoints"}):
-            fail(f"{path} already holds a run or other files; add --resume to go on, or choose another --out")
+        found = {file.name for file in self.path.glob("*")} - {".lock", "stderr.log"}
+        if args.out == "" or args.resume and not args.out:
+            fail("--out needs a folder; with --resume, that of the run to go on with")
+        if found and not (args.resume and found & {"config.json", "checkpoints"}):
+            fail(f"{self.path} holds a run or other files; add --resume to go on, or choose another --out")
+        if args.resume:
+            self.config = plot.read_json(self.path / "config.json") or {}
+            self.read_checkpoint(self.path / "checkpoints/last.pt", device)
 
-    def read_checkpoint(self, device):
+    def read_checkpoint(self, path, device):
         """A checkpoint mends whatever else is damaged in the folder; without one a run begins anew."""
-        path = self.path / "checkpoints/last.pt"
         if not path.exists():
             return
         content = path.read_bytes()     # an error here ends the program and changes nothing
         try:
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:       # with a checksum for each tensor
-                assert archive.testzip() is None
+            if zipfile.ZipFile(io.BytesIO(content)).testzip():      # compares a checksum of each tensor
+                raise ValueError("a checksum")
             self.saved = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
             self.config = self.saved["config"]
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:               # torch, pickle and zipfile raise a dozen kinds for a damaged file
-            if path.with_name("best.pt").exists():
-                fail(f"{path} is damaged, best.pt beside it is not; to begin again, choose another --out")
-            path.replace(path.with_name("last.pt.damaged"))
-            say(f"{path} is damaged and set aside: the run begins again", sys.stderr)
+            fail(f"{path} is damaged (best.pt beside it may not be): choose another --out, or delete last.pt "
+                 "to begin again")
 
-    def refuse_change(self, now):
-        """A run does not go on with other settings, or with other text: compares what both know."""
-        began = (self.config.get("args") or {}) | (self.config.get("data") or {})
+    def refuse_change(self, part, now):
+        """A run does not go on with other args, or with other data: compares what both know."""
+        began = self.config.get(part, {})
         for key in sorted(began.keys() & now.keys() - FREE):
             if began[key] != now[key]:
-                what = key if key in self.config["args"] else f"another text, {key}"
-                fail(f"{self.path} began otherwise: {what.replace('_', '-')} was {began[key]!s:.80}, is "
-                     f"{now[key]!s:.80}; repeat what it began with, or choose another --out")
+                what = "another text: " * (part == "data") + key.replace("_", "-")
+                fail(f"{self.path} began otherwise: {what} was {began[key]!s:.80}, is {now[key]!s:.80}; "
+                     "repeat what it began with, or choose another --out")
 
     def finished(self):
         run = plot.read_run(self.path)          # None: config.json is damaged
-        rows = (self.path / "metrics.csv").read_bytes() if run else b""
-        over = run and run["status"] in plot.STATUSES and "final_val_loss" in run["summary"]
-        return over and (not self.saved or self.saved["metrics"].encode() == rows)
+        rows = self.saved and self.saved["metrics"].encode()
+        over = run and run["status"] in plot.STATUSES
+        return over and rows in (None, (self.path / "metrics.csv").read_bytes())
 
     def open(self, config):
-        """Begin the files, or go on with those of the checkpoint."""
-        rows = ("step,tokens,elapsed,lr,train_loss,grad_norm,tokens_per_sec,"
-                "val_loss,val_accuracy,val_perplexity,val_bpb\r\n")
-        since = {}      # the run began
+        """Begin the files, or go on with those of the checkpoint; what changed since is said and kept."""
+        rows, changes = "", []
         if self.saved:
-            rows = self.saved["metrics"]
-            now, began = config["args"], self.config["args"]
-            code = config["code"].items() - self.config["code"].items()
-            since["edited"] = sorted(file for file, sha in code)
-            since["new"] = [f"{key} {now[key]}" for key in sorted(now.keys() - began.keys())]
-            self.config["resumes"].append(dict(config, step=self.saved["state"]["step"], **since))
+            began, rows = self.config, self.saved["metrics"]
+            changes = [f"{file} edited" for file, _ in sorted(config["code"].items() - began["code"].items())]
+            changes += [f"{flag} new" for flag in config["args"] if flag not in began["args"]]
+            began["resumes"].append(dict(config, step=self.saved["state"]["step"], changes=changes))
         else:
             self.config = dict(config, resumes=[])
         if self.owner:
@@ -320,10 +325,9 @@ class RunFolder:
             self.text = open(self.path / "training.log", "a", encoding="utf-8", errors="backslashreplace")
             self.table = open(self.path / "metrics.csv", "w+", newline="", buffering=1)     # a row at a time
             self.table.write(rows)
-            self.writer = csv.DictWriter(self.table, rows.split("\r\n")[0].split(","))
-        for what, names in since.items():
-            if names:
-                self.say(f"{what} since this run began: {', '.join(names)}")
+            self.columns = next(csv.reader(rows.splitlines()), [])
+        if changes:
+            self.say("since this run began: " + ", ".join(changes))
 
     def say(self, line):
         if self.owner:
@@ -333,17 +337,15 @@ class RunFolder:
     def log(self, line, **cells):
         """Say the line, and write a row of metrics.csv; a new column widens the table."""
         self.say(line)
-        if not self.owner:
-            return
-        new = [name for name in cells if name not in self.writer.fieldnames]
-        if new:
+        if self.owner and not cells.keys() <= set(self.columns):
             self.table.seek(0)
             rows = list(csv.DictReader(self.table))
             self.table.seek(self.table.truncate(0))
-            self.writer = csv.DictWriter(self.table, [*self.writer.fieldnames, *new])
-            self.writer.writeheader()
-            self.writer.writerows(rows)
-        self.writer.writerow(cells)
+            self.columns = list(dict.fromkeys([*self.columns, *cells]))
+            self.table.write(",".join(self.columns) + "\r\n")
+            csv.DictWriter(self.table, self.columns).writerows(rows)
+        if self.owner:
+            csv.DictWriter(self.table, self.columns).writerow(cells)
 
     def save(self, name, **value):
         """A checkpoint, of a copy that the next steps do not change."""
@@ -364,7 +366,7 @@ class RunFolder:
 # Evaluation ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, x, y, batch_size, bytes_per_token):
+def evaluate(model, x, y, batch_size, token_bytes):
     """x, y (windows, T) -> cells of metrics.csv; accuracy is the share of tokens that were ranked first."""
     model.eval()
     total = 0.0
@@ -373,8 +375,9 @@ def evaluate(model, x, y, batch_size, bytes_per_token):
         total = total + torch.stack((loss * yb.numel(), (logits.argmax(-1) == yb).sum()))
     model.train()
     loss, accuracy = (total / y.numel()).tolist()
+    bits = loss / math.log(2) * y.numel()
     return dict(val_loss=loss, val_accuracy=accuracy, val_perplexity=math.exp(min(loss, 700)),
-                val_bpb=loss / math.log(2) / bytes_per_token)
+                val_bpb=bits / float(token_bytes[y.cpu().numpy()].sum()))
 
 # What a run is made of ----------------------------------------------------------------------------
 
@@ -390,13 +393,12 @@ def open_text(args, config):
 
 def keep_freed_memory():
     """glibc would give it back and have it zeroed anew at every step: a fifth of tiny's time on a CPU."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)     # M_MMAP_MAX
-        libc.mallopt(-1, -1)    # M_TRIM_THRESHOLD: never
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-4, 0)    # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)   # M_TRIM_THRESHOLD: never
 
-def build(args, config, device, dtype):
-    """Model, optimizers, schedule and step; compiled, and on a GPU one graph, where that pays."""
+def build(args, config, device, dtype, saved):
+    """Model, optimizers and schedule, fresh or as saved, and the step: compiled, where it pays a graph."""
     keep_freed_memory()
     torch.set_flush_denormal(True)      # a CPU is several times slower with numbers below 1e-38
     torch.manual_seed(args.seed)        # weights are drawn on the CPU: alike on every device
@@ -404,6 +406,11 @@ def build(args, config, device, dtype):
     optimizers = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, (args.beta1, args.beta2),
                                  args.momentum, args.adamw_lr_ratio)
     schedule = make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
+    if saved:
+        model.load_state_dict(saved["model"])
+        vars(schedule).update(saved["schedule"])    # plateau has attributes, the others have none
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
     flops = 6 * count_parameters(model)["total"] * args.batch_size * config.context_length * args.max_steps
     backend, graph = pick_compile(args.compile, device, dtype, config, flops)
     def losses(x, y):                   # without the logits, which a compiled step then never writes out
@@ -416,27 +423,19 @@ def build(args, config, device, dtype):
         step = graphed(step)
     return model, optimizers, schedule, step, backend
 
-class Stop(list):
-    """(signal, time) of those that came. The first one ends the run after its step. One within 2 s is the
-    same, sent to a whole job and passed on by the sweep. A later one, or one before a step, ends it now."""
-    def __init__(self):
-        self.stepped = False
-        self.handlers = {}
-        for number in signal.Signals:
-            known = number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-            if known and signal.getsignal(number) != signal.SIG_IGN:    # what nohup ignores stays ignored
-                self.handlers[number] = signal.signal(number, self.on_signal)
+def watch_signals():
+    """came, a list of (signal, time) that grows, and the handlers from before. The first signal ends the run
+    after its step; another within 2 s is the same, sent to a whole job and passed on by the sweep."""
+    came = []
+    def on_signal(number, frame):
+        came.append((number, time.monotonic()))
+        if came[-1][1] > came[0][1] + 2:
+            os._exit(128 + number)      # a later one ends it at once
+    stops = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+    stops = [n for n in stops if signal.getsignal(n) != signal.SIG_IGN]     # what nohup ignores stays ignored
+    return came, {n: signal.signal(n, on_signal) for n in stops}
 
-    def on_signal(self, number, frame):
-        self.append((number, time.monotonic()))
-        if not self.stepped or self[-1][1] > self[0][1] + 2:
-            os._exit(128 + number)
-
-    def release(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-def finish(folder, args, state, stopped, model, tokenizer, device):
+def finish(folder, args, state, stopped, model, tokenizer):
     """The summary, a sample of text, the pictures."""
     status = "interrupted" if stopped else plot.classify(state.history)
     tokens = state.step * args.batch_size * args.context_length
@@ -451,8 +450,8 @@ def finish(folder, args, state, stopped, model, tokenizer, device):
     elif state.lost:
         folder.say("ended early, as it cannot come back from such losses")
     elif args.sample:
-        prompt = torch.tensor([[tokenizer.eot]], device=device)
-        ids = model.eval().generate(prompt, args.sample, temperature=0.8, top_k=50)[0, 1:].tolist()
+        prompt = torch.full((1, 1), tokenizer.eot, device=model.embed.device)
+        ids = model.eval().generate(prompt, args.sample, temperature=0.8)[0, 1:].tolist()
         folder.say("sample: " + tokenizer.decode(ids))
     if not args.no_plot:
         plot.draw_run(folder.path)
@@ -518,23 +517,17 @@ def run(args, config):
         return 0
 
     # The folder and the text. Of several processes one prepares the text, and the others wait for it.
-    if not args.out and (args.resume or args.out == ""):
-        fail("--out needs a folder; with --resume, that of the run to go on with")
-    name = time.strftime(f"{args.preset}-lr{args.lr:g}-s{args.seed}-%m%d-%H%M%S-{os.getpid()}")
-    folder = RunFolder(args.out or f"runs/single/{name}", args.resume, owner=rank == 0)
-    folder.refuse_change(vars(args))
+    folder = RunFolder(args, rank == 0, device)
+    folder.refuse_change("args", vars(args))
     corpus, get_batch, windows = open_text(args, config)
-    bytes_per_token = float(corpus.token_bytes[windows[1].numpy()].mean())
+    folder.refuse_change("data", corpus.meta)
     settings.update(data=corpus.meta, **provenance(device))
     if args.prepare:
         say(json.dumps(settings))
         return 0
-    if args.resume:
-        folder.read_checkpoint(device)
-        folder.refuse_change(vars(args) | corpus.meta)
-        if folder.finished():
-            say(f"{folder.path} is already finished")
-            return 0
+    if args.resume and folder.finished():
+        say(f"{folder.path} is already finished")
+        return 0
 
     # The model, and the state between steps: fresh, or the checkpoint's.
     if device.type == "cuda":
@@ -544,31 +537,26 @@ def run(args, config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         dist.barrier()                                  # all have read the folder before one writes
     config = replace(config, vocab_size=corpus.tokenizer.vocab_size)
-    model, optimizers, schedule, train_step, backend = build(args, config, device, dtype)
+    model, optimizers, schedule, train_step, backend = build(args, config, device, dtype, folder.saved)
     counts = count_parameters(model)
     state = SimpleNamespace(step=0, elapsed=0.0, sums={}, history=[], lost=False, eigenvectors={},
                             max_grad_norm=torch.zeros((), device=device), results={"best_val_loss": math.inf})
     if folder.saved:
         state = SimpleNamespace(**folder.saved["state"])
-        model.load_state_dict(folder.saved["model"])
-        vars(schedule).update(folder.saved["schedule"])     # plateau has attributes, the others have none
-        for optimizer, kept in zip(optimizers, folder.saved["optimizers"]):
-            optimizer.load_state_dict(kept)
     start = step = state.step
     folder.open(dict(settings, model=asdict(config), n_params=counts["total"], dtype=str(dtype)[6:],
                      devices=world, compile=backend))
     folder.say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters, "
-               f"{counts['used per token']:,} a token; {args.max_steps} steps of {args.batch_size} x "
-               f"{config.context_length} tokens, {n_tokens / len(corpus.train):.2g} times the text; "
-               f"{args.optimizer} at {args.lr:g} on {device}, {dtype}, compiled: {backend} -> {folder.path}")
+               f"{counts['used per token']:,} a token; {args.max_steps} steps of {tokens_per_step:,} tokens, "
+               f"{n_tokens / len(corpus.train):.2g} times the text; {args.optimizer} at {args.lr:g} on "
+               f"{device}, {dtype}, compiled: {backend} -> {folder.path}")
 
     def log(line, **cells):
-        elapsed = time.perf_counter() - began
         folder.log(f"step {step}/{args.max_steps} | {line}", step=step, tokens=step * tokens_per_step,
-                   elapsed=elapsed, **cells)
+                   elapsed=time.perf_counter() - began, **cells)
 
     # The loop -------------------------------------------------------------------------------------
-    stop = Stop()
+    came, handlers = watch_signals()
     eval_interval = args.eval_interval or max(1, args.max_steps // 10)
     log_interval = args.log_interval or max(1, args.max_steps // 100)
     began = time.perf_counter() - state.elapsed
@@ -579,26 +567,24 @@ def run(args, config):
 
         # Evaluate: always the same windows, before the step that follows.
         if step > start and (step % eval_interval == 0 or last):
-            val = evaluate(model, *windows.to(device), min(args.batch_size, 32), bytes_per_token)
-            loss, accuracy, bpb = val["val_loss"], val["val_accuracy"], val["val_bpb"]
-            log(f"val loss {loss:.4f} | accuracy {accuracy:.2%} | {bpb:.4f} bits a byte", **val)
-            state.results.update({f"final_{key}": value for key, value in val.items()})
-            if loss < state.results["best_val_loss"]:
-                state.results.update(best_val_loss=loss, best_val_step=step, best_val_accuracy=accuracy)
+            val = evaluate(model, *windows.to(device), min(args.batch_size, 32), corpus.token_bytes)
+            line = "val loss {val_loss:.4f} | accuracy {val_accuracy:.2%} | {val_bpb:.4f} bits a byte"
+            log(line.format(**val), **val)
+            state.results.update({f"final_{name}": val[name] for name in val})
+            if val["val_loss"] < state.results["best_val_loss"]:
+                state.results.update({f"best_{name}": val[name] for name in val}, best_val_step=step)
                 folder.save("best.pt", model=model.state_dict(), step=step, **val)
             if args.schedule == "plateau":
-                schedule.observe(loss)
+                schedule.observe(val["val_loss"])
 
         # Stop? A signal may reach processes at different steps, so they agree at the log steps.
-        stopped = bool(stop) and not last and (world == 1 or step % log_interval == 0)
-        if world > 1 and step % log_interval == 0:
-            votes = torch.tensor(float(stopped), device=device)
-            all_reduce([votes])
-            stopped = votes.item() > 0
+        stopped = bool(came) and not last
+        if world > 1:
+            stopped = step % log_interval == 0 and any_process(stopped, device)
 
         # Save everything that the next step depends on, and the rows written so far.
-        due = step > start and step % (args.checkpoint_interval or max(1, args.max_steps // 10)) == 0
-        due = due and (args.checkpoint_interval or time.perf_counter() - saved_at > 10)     # it takes time
+        due = step > start and step % (args.checkpoint_interval or eval_interval) == 0
+        due = due and (args.checkpoint_interval or paused > saved_at + 10)      # it takes time
         if due or last or stopped:
             saved_at = time.perf_counter()
             state.step, state.elapsed = step, saved_at - began
@@ -612,9 +598,9 @@ def run(args, config):
         lr = args.lr * factor
         if args.sharpness and step % args.sharpness == 0:
             batch = get_batch(args.batch_size if args.full_batch else min(args.batch_size, 16), 0)
-            cells = measure_sharpness(model, optimizers, *batch.to(device), name=args.optimizer, lr=lr,
-                                      momentum=args.momentum, beta1=args.beta1, grad_clip=args.grad_clip,
-                                      vectors=state.eigenvectors)
+            cells = measure_sharpness(
+                model, optimizers, *batch.to(device), name=args.optimizer, lr=lr, momentum=args.momentum,
+                beta1=args.beta1, grad_clip=args.grad_clip, vectors=state.eigenvectors)
             log(f"sharpness {cells['sharpness']:.4g}", **cells)
         timed_from += time.perf_counter() - paused
 
@@ -633,33 +619,32 @@ def run(args, config):
         state.sums = {name: state.sums.get(name, 0.0) + value for name, value in record.items()}
         state.max_grad_norm = torch.maximum(state.max_grad_norm, record["grad_norm"])
         step += 1
-        stop.stepped = True
 
         # Log: means since the last log step.
         if step % log_interval == 0 or step == args.max_steps:
             n_steps = (step - 1) % log_interval + 1
             cells = means(state.sums, n_steps)
-            loss = cells["train_loss"]
             state.sums = {}
-            state.history.append(loss)
-            state.results["final_train_loss"] = loss
+            state.history.append(cells["train_loss"])
+            state.results["final_train_loss"] = cells["train_loss"]
             state.lost = plot.is_lost(state.history, args.max_steps // log_interval)
-            now = time.perf_counter()
-            speed = min(n_steps, step - start) * tokens_per_step / (now - timed_from)
-            timed_from = now
+            seconds = time.perf_counter() - timed_from
+            timed_from += seconds
+            speed = min(n_steps, step - start) * tokens_per_step / seconds
             eta = timedelta(seconds=int((args.max_steps - step) * tokens_per_step / speed))
-            log(f"loss {loss:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}", lr=lr, **cells,
-                tokens_per_sec=speed)
+            log(f"loss {state.history[-1]:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}",
+                lr=lr, **cells, tokens_per_sec=speed)
 
     # The end.
     folder.saving.result()
-    stop.release()                                      # from here on the first Ctrl-C ends it
-    if rank == 0:
-        finish(folder, args, state, stopped, model, corpus.tokenizer, device)
+    for number, handler in handlers.items():            # from here on the first Ctrl-C ends it
+        signal.signal(number, handler)
+    if folder.owner:
+        finish(folder, args, state, stopped, model, corpus.tokenizer)
     if world > 1:
         del train_step                                  # NCCL waits for the graphs that hold its calls
         dist.destroy_process_group()
-    return 128 + (stop or [[signal.SIGINT]])[0][0] if stopped else 0     # perhaps another process got it
+    return 128 + (came or [[signal.SIGINT]])[0][0] if stopped else 0    # perhaps another process got it
 
 def main(argv=None):
     try:

@@ -123,19 +123,7 @@ def plain_step(args, config, device):
 def our_step(args, config, device):
     """As train.py does it with its default flags."""
     dtype = train.pick_dtype("auto", device)
-    model = Transformer(config, dtype).to(device)
-    optimizers = build_optimizer(model, args.optimizer, args.lr)
-    n_tokens = args.batch_size * config.context_length * args.max_steps
-    flops = 6 * count_parameters(model)["total"] * n_tokens
-    backend = train.pick_compile(args.compile, device, config, flops)
-    forward = model
-    if backend:
-        forward = torch.compile(model, backend=backend)
-        for optimizer in optimizers:
-            optimizer.compile()
-    step = train.make_step(forward, model, optimizers, args)
-    if train.can_record(device, dtype, config, backend):
-        step = train.graphed(step)
+    _, _, _, step, _ = train.build(args, config, device, dtype, None)
     return step
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # threads that wait do not take a busy machine's cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")          # for small tensors threads only wait for each other
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the programs are flat files beside this folder
 
 

@@ -247,4 +247,4 @@ def test_the_picture_of_a_run(folder):
     run("pictured", "--optimizer", "sgd", "--sharpness", "2", "--grad-clip", "0", "--lr", "0.01")
     assert (folder / "pictured/sharpness.png") in plot.draw_run(folder / "pictured")
     metrics = plot.read_run(folder / "pictured")["metrics"]
-    assert list(metrics["step"][np.isfinite(metrics["sharpness"])]) == [0, 2, 4, 6, 8, 10]
+    assert list(metrics["step"][np.isfinite(metrics["sharpness_ratio"])]) == [0, 2, 4, 6, 8, 10]
