@@ -112,18 +112,20 @@ FREE = {"out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_
         "data_tokens"}      # may differ in a run that is resumed; another text has another hash
 
 def parse_args(argv=None):
-    """Command line -> (args, ModelConfig). The preset's settings replace the defaults of FLAGS."""
+    """Command line -> (args, ModelConfig). Defaults are the preset's, which is therefore read first."""
     p = argparse.ArgumentParser("train.py", description=(__doc__ or "").split("\n\n")[0], add_help=False,
-                                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                allow_abbrev=False)
     p.error = fail
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="defaults of model, text and budget")
+    preset = PRESETS[p.parse_known_args(argv)[0].preset]
+    p.add_argument("-h", "--help", action="help", help="show these flags, with the defaults of the preset")
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for flag, (how, default, text) in flags.items():
-            group.add_argument(f"--{flag}", default=default, help=text, **how)
-    preset = PRESETS[p.parse_known_args(argv)[0].preset]
-    p.set_defaults(**preset | dict(lr=None))
-    p.add_argument("-h", "--help", action="help", help="show these flags, with the defaults of the preset")
+            if flag != "lr":
+                default = preset.get(flag.replace("-", "_"), default)
+            shown = "" if default is None or default is False else " (default: %(default)s)"
+            group.add_argument(f"--{flag}", default=default, help=text + shown, **how)
     args = p.parse_args(argv)
     try:
         config = ModelConfig(**{field.name: getattr(args, field.name) for field in fields(ModelConfig)})
