@@ -131,12 +131,11 @@ def compare_rates(table, best):
         worse = seems and max(len(d), diverged) > 1
         verdict = "cannot tell"
         if lr == best:
-            verdict = "best"
+            verdict, half = "best", nan
         elif diverged:
             verdict = "diverged"
         elif len(d) < 2:
-            verdict = "one seed"
-            half = nan
+            verdict, half = "one seed", nan
         elif worse:
             verdict = "worse"
         elif mean(d) <= MARGIN:
@@ -178,11 +177,9 @@ def compare_settings(tables):
 def edge_above(table, best):
     """What ends the search upward; "" where nothing does."""
     above = sorted(lr for lr in table if lr > best)
-    diverged = [lr for lr in above if inf in table[lr].values()]
-    far = [lr for lr in above if mean(paired(table[lr], table[best])) > 1]
-    if diverged:
-        return f"{diverged[0]:g} diverged"
-    return f"{far[0]:g} is more than a nat worse" if far else ""
+    edges = [f"{lr:g} diverged" for lr in above if inf in table[lr].values()]
+    edges += [f"{lr:g} is more than a nat worse" for lr in above if mean(paired(table[lr], table[best])) > 1]
+    return "".join(edges[:1])
 
 def outward(table, plan):
     """Until there are worse rates on both sides of the best, and one above it diverged or is a nat worse."""
@@ -272,11 +269,11 @@ def read_runs(dir):
     """The runs in a folder that made a step, with their loss: inf if it diverged, None while it goes on."""
     runs = [run for run in plot.read_runs(dir) if len(run["train"]["step"])]
     for run in runs:
-        loss = run["summary"].get("final_val_loss")
-        over = run["status"] in plot.STATUSES and isinstance(loss, float)
-        run["loss"] = loss if over else None
+        run["loss"] = None
         if run["status"] == "diverged":
             run["loss"] = inf
+        elif run["status"] in plot.STATUSES:
+            run["loss"] = run["summary"].get("final_val_loss")
     return runs
 
 def refuse_mixture(run, made, mix_code):
@@ -491,35 +488,34 @@ def analyse(runs, ended=""):
 def analyse_setting(label, table, runs):
     """One setting: what is known of its best rate, and a row for each rate."""
     best = lowest(table)
-    s = dict(label=label, best_lr=best, best_loss=nan, low=nan, high=nan, seeds=0, noise=nan)
-    found = {}
+    s = dict(label=label, best_lr=best, best_loss=nan, low=nan, high=nan, seeds=0, noise=nan, rates=[])
+    beside = {}
     if best:
-        found = compare_rates(table, best)
-        low, high = limits(found, best)
+        beside = compare_rates(table, best)
+        low, high = limits(beside, best)
         squares, df = noise(table, best)
         s |= dict(best_loss=mean(table[best].values()), low=low or nan, high=high, seeds=len(table[best]))
         s["noise"] = sqrt(squares / df) if df else nan
-    s["rates"] = []
     for lr in sorted(table):
-        own = [run for run in runs if (run["setting"], run["lr"]) == (label, lr) and run["loss"] is not None]
-        beside = found.get(lr, dict(worse_by=nan, half_width=nan, verdict="diverged"))
-        s["rates"].append(analyse_rate(own) | beside)
-    above = [row for row in s["rates"] if row["lr"] > (best or inf)]
-    s["edge"] = {status: next((dict(lr=row["lr"], ratio=row["lr"] / best) for row in above
-                               if any(status in run for run in row["runs"])), None)
-                 for status in ("unstable", "diverged")}
+        row = dict(lr=lr, worse_by=nan, half_width=nan, verdict="diverged") | beside.get(lr, {})
+        own = [run for run in runs if run["setting"] == label and run["lr"] == lr]
+        s["rates"].append(row | analyse_rate([run for run in own if run["loss"] is not None]))
+    s["edge"] = {}
+    for status in ("unstable", "diverged"):     # the first such rate above the best
+        found = [row["lr"] for row in s["rates"] if best and row["lr"] > best and row["status"] == status]
+        s["edge"][status] = dict(lr=found[0]) if found else None
     return s
 
 def analyse_rate(runs):
-    alive = [run for run in runs if run["loss"] < inf]  # the means are of these
-    row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], diverged=len(runs) - len(alive),
+    """The runs of a rate: the worst of their fates, and means of those that did not diverge."""
+    alive = [run for run in runs if run["loss"] < inf]
+    row = dict(seeds=[run["seed"] for run in runs], diverged=len(runs) - len(alive),
                runs=[[run["seed"], run["loss"], run["status"]] for run in runs],
                status=max((run["status"] for run in runs), key=plot.STATUSES.index),
                val_loss=mean(run["loss"] for run in alive),
-               steps_to_loss=mean(run["steps_to_loss"] for run in alive),
-               max_grad_norm=mean(run["summary"].get("max_grad_norm") for run in runs))
-    for name in ("val_accuracy", "val_perplexity", "val_bpb"):
-        row[name] = mean(run["summary"].get("final_" + name) for run in alive)
+               steps_to_loss=mean(run["steps_to_loss"] for run in alive))
+    for name in ("final_val_accuracy", "final_val_perplexity", "final_val_bpb", "max_grad_norm"):
+        row[name.removeprefix("final_")] = mean(run["summary"].get(name) for run in alive)
     return row
 
 # Report -------------------------------------------------------------------------------------------
@@ -527,7 +523,9 @@ def analyse_rate(runs):
 COLUMNS = ("setting", "lr", "seed", "status", "steps", "final_val_loss", "final_val_accuracy",
            "final_val_perplexity", "final_val_bpb", "final_train_loss", "best_val_loss", "best_val_step",
            "max_grad_norm")     # no times: repeatable
-CURVES = ("setting", "lr", "seed", "step", "train_loss", "val_loss")
+CURVE = ("setting", "lr", "seed", "step", "train_loss", "val_loss")
+ROW = ("| {lr:g} | {n} | {val_loss:.4f} | {worse_by:.4f} ± {half_width:.4f} | {verdict} | {status} | "
+       "{val_bpb:.4f} |")
 SAID = {"different": "the seeds show it.", "not shown": "the seeds do not show which is better.",
         "same": f"the same, for all that matters ({MARGIN} nats)."}
 
@@ -559,11 +557,13 @@ def above_the_best(s):
     unstable, diverged, top = s["edge"]["unstable"], s["edge"]["diverged"], s["rates"][-1]
     if top["lr"] == s["best_lr"]:
         return "No rate above the best was tried."
-    text = f"No rate above the best diverged, up to {top['lr']:g}, {top['worse_by'] or 0:.2f} nats worse."
     if diverged:
         below = max(row["lr"] for row in s["rates"] if row["lr"] < diverged["lr"])
-        text = (f"The first diverged rate is {diverged['lr']:g}, {diverged['ratio']:.3g} times the best; "
-                f"{below:g}, the highest rate below it, survived.")
+        ratio = diverged["lr"] / s["best_lr"]
+        text = (f"The first diverged rate is {diverged['lr']:g}, {ratio:.3g} times the best; {below:g}, the "
+                "highest rate below it, survived.")
+    else:
+        text = f"No rate above the best diverged, up to {top['lr']:g}, {top['worse_by']:.2f} nats worse."
     if unstable:
         text += f" The first unstable rate above the best is {unstable['lr']:g}."
     return text
@@ -571,16 +571,11 @@ def above_the_best(s):
 def rates_table(rates):
     """The rates of a setting in markdown."""
     lines = ["| learning rate | seeds | loss | worse by | verdict | curves | bits a byte |",
-             "|" + " --- |" * 7]
+             "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in rates:
-        numbers = [row[name] for name in ("val_loss", "worse_by", "half_width", "val_bpb")]
-        loss, worse_by, half, bpb = ["" if x is None else f"{x:.4f}" for x in numbers]
-        if half:
-            worse_by += f" ± {half}"
-        if row["verdict"] == "best":
-            worse_by = ""
-        cells = [f"{row['lr']:g}", str(len(row["seeds"])), loss, worse_by, row["verdict"], row["status"], bpb]
-        lines.append(f"| {' | '.join(cells)} |")
+        known = {name: nan if value is None else value for name, value in row.items()}
+        line = ROW.format(n=len(row["seeds"]), **known)
+        lines.append(line.replace(" ± nan", "").replace("nan", ""))
     return "\n".join(lines)
 
 def write_up(insights, left_out=(), mix_code=False):
@@ -590,8 +585,8 @@ def write_up(insights, left_out=(), mix_code=False):
     text += [answer(s) for s in settings if use and s["label"] == use["setting"]]
     if not use:
         text.append("No answer: no rate survived, or all fit one batch, whose validation loss says little.")
-    text.append("{runs} runs took {minutes:.1f} minutes of training, summed over the runs. {ended}"
-                .format(**insights).strip())
+    took = "{runs} runs took {minutes:.1f} minutes of training, summed over the runs. {ended}"
+    text.append(took.format(**insights).strip())
     if left_out:
         text.append(f"Left out, as they are not over or cannot be read: {', '.join(left_out)}.")
     if mix_code:
@@ -616,20 +611,22 @@ def write_up(insights, left_out=(), mix_code=False):
     return "\n\n".join(text) + "\n"
 
 def write_csv(path, columns, rows):
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([columns, *rows])
-    write_aside(path, table.getvalue().encode())
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_aside(path, text.getvalue().encode())
 
 def curve(run):
     """A run's rows in curves.csv: at most 100 means of training losses, and every validation loss."""
-    name = [run["setting"], f"{run['lr']:g}", run["seed"]]
-    steps, losses = run["train"]["step"], run["train"]["train_loss"]
-    block = ceil(len(steps) / 100)
-    for i in range(0, len(steps), block):
-        yield [*name, int(steps[i:i + block][-1]), f"{np.mean(losses[i:i + block]):.4g}", ""]
+    blocks = min(100, len(run["train"]["step"]))
+    steps = np.array_split(run["train"]["step"], blocks)
+    losses = np.array_split(run["train"]["train_loss"], blocks)
+    for step, loss in zip(steps, losses):
+        yield run | dict(step=int(step[-1]), train_loss=f"{np.mean(loss):.4g}")
     for step, loss in zip(run["metrics"]["step"], run["metrics"]["val_loss"]):
         if isfinite(loss):
-            yield [*name, int(step), "", f"{loss:.4g}"]
+            yield run | dict(step=int(step), val_loss=f"{loss:.4g}")
 
 def report(dir, plan, ended=""):
     """Reads the runs under dir, and writes tables, analysis and pictures there; returns the analysis."""
@@ -642,9 +639,8 @@ def report(dir, plan, ended=""):
     over = [run["name"] for run in runs if run["loss"] is not None]
     left_out = sorted(path.name for path in dir.iterdir() if path.is_dir() and path.name not in over)
     text = write_up(insights, left_out, plan.mix_code)
-    rows = [{**run["summary"], **run, "lr": f"{run['lr']:g}"} for run in runs]
-    write_csv(dir / "summary_table.csv", COLUMNS, [[row.get(name) for name in COLUMNS] for row in rows])
-    write_csv(dir / "curves.csv", CURVES, itertools.chain(*map(curve, runs)))
+    write_csv(dir / "summary_table.csv", COLUMNS, [run["summary"] | run for run in runs])
+    write_csv(dir / "curves.csv", CURVE, [row for run in runs for row in curve(run)])
     write_aside(dir / "lr_sweep_analysis.md", text.encode())
     write_aside(dir / "insights.json", json.dumps(insights, indent=1).encode())
     for run in runs:
@@ -714,10 +710,8 @@ def make_plan(argv):
     plan.gpus = visible_gpus(plan.device)
     # Without GPUs: a larger run fills all cores, and a Mac has one GPU.
     on_cpu = min(8, cores()) if plan.preset == "tiny" and sys.platform != "darwin" else 1
-    if plan.jobs is None:
-        plan.jobs = len(plan.gpus) * PER_GPU.get(plan.preset, 1) or on_cpu
-    if plan.max_runs is None:
-        plan.max_runs = plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
+    plan.jobs = plan.jobs or len(plan.gpus) * PER_GPU.get(plan.preset, 1) or on_cpu
+    plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
     if not all(0 < number < 1e6 for number in (*plan.lrs, plan.seeds, plan.jobs, plan.max_runs)):
         die("--lrs, --seeds, --jobs and --max-runs must be above 0 and below a million")
     plan.running, plan.stopped = {}, 0      # {slot: process}; the first signal that came

@@ -430,17 +430,14 @@ def test_steps_to_the_loss_that_the_worst_survivor_ends_with():
 # The program
 
 def test_a_sweep_end_to_end(tmp_path, run, monkeypatch):
-    draw_run, draw_sweep = DRAW     # with pictures of the sweep, and of one run
-    monkeypatch.setattr(plot, "draw_sweep", draw_sweep)
+    draw_run, draw_sweep = DRAW     # with pictures of one run, and below of the sweep
     monkeypatch.setattr(plot, "draw_run", lambda dir: draw_run(dir) if dir.name == "lr0.003-s0" else [])
     flags = ["--jobs", "2", "--max-steps", "30", "--name", "whole"]
     done = run(*flags)
     assert done.status == 0, done.err
     dir = tmp_path / "runs/whole"
     names = {path.name for path in dir.iterdir() if path.is_file()}
-    assert names == {"lr_sweep_comparison.png", "lr_vs_final_loss.png", "detailed_comparison.png",
-                     "lr_schedules.png", "summary_table.csv", "summary_table.png", "insights.json",
-                     "lr_sweep_analysis.md", "curves.csv", ".lock"}
+    assert names == {"summary_table.csv", "insights.json", "lr_sweep_analysis.md", "curves.csv", ".lock"}
     assert (dir / "lr0.003-s0/loss_curves.png").exists()
 
     insights = json.loads((dir / "insights.json").read_text())
@@ -458,13 +455,16 @@ def test_a_sweep_end_to_end(tmp_path, run, monkeypatch):
     only = tmp_path / "only"
     only.mkdir()
     shutil.copy(dir / "curves.csv", only)
+    monkeypatch.setattr(plot, "draw_sweep", draw_sweep)
     assert run("--report", only).status == 0
     again = json.loads((only / "insights.json").read_text())
     assert (again["use"]["lr"], again["use"]["low"]) == (insights["use"]["lr"], insights["use"]["low"])
     for a, b in zip(again["settings"][0]["rates"], setting["rates"]):
         assert (a["lr"], a["seeds"], a["verdict"], a["status"]) == (b["lr"], b["seeds"], b["verdict"], b["status"])
         assert a["val_loss"] == b["val_loss"] or a["val_loss"] == pytest.approx(b["val_loss"], abs=0.05)
-    assert (only / "lr_vs_final_loss.png").exists()
+    assert {path.name for path in only.glob("*.png")} == {
+        "lr_sweep_comparison.png", "lr_vs_final_loss.png", "detailed_comparison.png", "summary_table.png"}
+    assert (only / "curves.csv").read_text() == (dir / "curves.csv").read_text()
     before = (dir / "summary_table.csv").read_bytes()
     monkeypatch.setattr(plot, "draw_sweep", lambda *args: [])
     assert run(*flags).status == 0
@@ -499,7 +499,7 @@ BAD = """
 --vary a,b=1:2,3 | FLAG=V1
 --vary lr=1,2 | --lrs
 --vary data=a,b | tokenizer
---jobs 0 | --jobs
+--jobs -1 | --jobs
 --lr 1e-3 | --lrs
 --report nowhere | nowhere
 """
