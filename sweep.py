@@ -26,10 +26,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import cache
 from math import ceil, comb, inf, isfinite, log, nan, pi, sqrt, tan
 from pathlib import Path
@@ -40,30 +42,29 @@ from tqdm import tqdm
 import plot
 from data import DataError, cores, lock, say, write_aside
 
-TRAIN = Path(os.environ.get("NANOLR_TRAIN") or Path(__file__).with_name("train.py")).resolve()
-GRIDS = {   # where the search starts; x3: times the learning rate that train.py has for the preset
-    "tiny": "3e-4 3e-3 1e-2 3e-2 1 3",
-    "dense": "1e-4 3e-4 6e-4 1e-3 3e-3 6e-3 1e-2",
-    "dense-low": "1e-4 3e-4 6e-4 1e-3 3e-3 6e-3 1e-2",
-    "moe": "0.01 0.02 0.035 0.05 0.065 0.085 0.1 0.15 0.3",
+TRAIN = Path(__file__).resolve().with_name("train.py")
+GRIDS = {   # where the search starts; other presets start from 0.1 to 10 times train.py's own rate
+    "tiny": [3e-4, 3e-3, 1e-2, 3e-2, 1, 3],
+    "dense": [1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3, 1e-2],
+    "dense-low": [1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3, 1e-2],
+    "moe": [0.01, 0.02, 0.035, 0.05, 0.065, 0.085, 0.1, 0.15, 0.3],
 }
-OTHER_GRID = "x0.1 x0.3 x1 x3 x10"      # of presets that are not listed
 PER_GPU = {"tiny": 4, "dense": 1, "dense-low": 8, "moe": 2}     # runs at once, measured on an H100
-# A textbook run: one fixed batch, a constant rate, nothing that hides the edge of stability.
-TEXTBOOK = ("--full-batch --batch-size 8 --context-length 64 --max-steps 400 --schedule constant "
-            "--warmup-ratio 0 --grad-clip 0 --weight-decay 0 --dtype float32 --sharpness 10 --log-interval 1 "
-            "--eval-interval 400 --eval-tokens 2048 --momentum 0 --seeds 1 ")
 STUDIES = {     # only these rates (--no-widen), and more flags, which yours override
     "explore": "--lrs 0.001 0.01 0.03 0.1 0.3 --max-steps 50",
-    "extend": "--lrs x0.15 x0.3 x0.5 x0.7 x0.8 x1 x1.2 x1.5 x2 x3 x5 --max-steps 100",
+    "extend": "--lrs 0.01 0.02 0.033 0.045 0.052 0.065 0.078 0.1 0.13 0.2 0.33 --max-steps 100",
     "fine": "--lrs 0.06 0.07 0.08 0.09 0.1 0.11 0.12 0.13 0.14 --max-steps 75",
     "wide": ("--lrs 0.001 0.002 0.003 0.004 0.006 0.008 0.01 0.015 0.02 0.03 0.04 0.05 0.065 0.08 "
              "0.1 0.13 0.16 0.2 0.25 0.3 0.4 0.5 0.6 0.7 0.85 1.0"),
     # conservative, baseline, none, aggressive, long: warm-up and floor
-    "schedules": "--lrs x1 --vary warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1",
-    "edge": TEXTBOOK + "--optimizer sgd --lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5",
-    "edge-adamw": TEXTBOOK + "--optimizer adamw --lrs 1e-4 3e-4 1e-3 3e-3 1e-2 1e-1",
+    "schedules": "--lrs 0.065 --vary warmup-ratio,min-lr-ratio=0.1:0.05,0.05:0.1,0:0.1,0.02:0.2,0.2:0.1",
+    # the textbook's edge of stability: gradient descent on one batch, with nothing that hides it
+    "edge": ("--lrs 0.004 0.01 0.025 0.06 0.15 0.4 1.0 2.5 --seeds 1 --optimizer sgd --momentum 0 "
+             "--full-batch --batch-size 8 --context-length 64 --max-steps 400 --schedule constant "
+             "--warmup-ratio 0 --grad-clip 0 --weight-decay 0 --dtype float32 --sharpness 10 "
+             "--log-interval 1 --eval-interval 400 --eval-tokens 2048"),
 }
+MARGIN = 0.01   # a difference in loss that does not matter, nats
 
 # Statistics: functions of a table {rate: {seed: loss}}; inf is the loss of a run that diverged ----
 
@@ -116,7 +117,7 @@ def half_width(differences, squares, df, k):
     spread = np.nanmax([sqrt(2 * squares / df), deviation(differences)])
     return float(t_quantile(1 - 0.025 / k, df) * spread / sqrt(len(differences)))
 
-def compare_rates(table, best, margin=0.01):
+def compare_rates(table, best):
     """{rate: how it stands beside the best}. seems: worse, as far as perhaps a single run can tell; worse:
     shown to be, which takes two pairs of runs, or two that diverged."""
     spread = noise(table, best)
@@ -128,16 +129,16 @@ def compare_rates(table, best, margin=0.01):
         diverged = list(table[lr].values()).count(inf)
         seems = not d or mean(d) > half or diverged > 1
         worse = seems and max(len(d), diverged) > 1
-        verdict = "unclear"
+        verdict = "cannot tell"
         if lr == best:
-            verdict = "best"
+            verdict, half = "best", nan
         elif diverged:
             verdict = "diverged"
+        elif len(d) < 2:
+            verdict, half = "one seed", nan
         elif worse:
             verdict = "worse"
-        elif len(d) < 2:
-            verdict = "not tested"
-        elif mean(d) <= margin:
+        elif mean(d) <= MARGIN:
             verdict = "as good"
         found[lr] = dict(worse_by=mean(d), half_width=half, seems=seems, worse=worse, verdict=verdict)
     return found
@@ -148,7 +149,7 @@ def limits(found, best, what="worse"):
     low = max((lr for lr in rates if lr < best), default=0)
     return low, min((lr for lr in rates if lr > best), default=inf)
 
-def compare_settings(tables, margin):
+def compare_settings(tables):
     """{label: table} -> the label with the lowest loss at its best rate (None: all diverged), and how the
     others stand beside it, each at its best rate (the comparisons of insights.json)."""
     best = {label: lowest(table) for label, table in tables.items() if lowest(table)}
@@ -165,7 +166,7 @@ def compare_settings(tables, margin):
         verdict = "not shown"
         if low > 0:
             verdict = "different"
-        if max(-low, high) < margin:
+        if max(-low, high) < MARGIN:
             verdict = "same"
         comparisons.append(dict(better=winner, worse=label, difference=mean(d), low=low, high=high,
                                 seeds=len(d), verdict=verdict))
@@ -175,12 +176,10 @@ def compare_settings(tables, margin):
 
 def edge_above(table, best):
     """What ends the search upward; "" where nothing does."""
-    for lr in sorted(lr for lr in table if lr > best):
-        if inf in table[lr].values():
-            return f"{lr:g} diverged"
-        if mean(paired(table[lr], table[best])) > 1:
-            return f"{lr:g} ended more than a nat worse"
-    return ""
+    above = sorted(lr for lr in table if lr > best)
+    edges = [f"{lr:g} diverged" for lr in above if inf in table[lr].values()]
+    edges += [f"{lr:g} is more than a nat worse" for lr in above if mean(paired(table[lr], table[best])) > 1]
+    return "".join(edges[:1])
 
 def outward(table, plan):
     """Until there are worse rates on both sides of the best, and one above it diverged or is a nat worse."""
@@ -206,7 +205,7 @@ def between(table, plan):
     around = neighbours(table, best)
     bend = sum(mean(paired(table[lr], table[best]) or [inf]) for lr in around) / 8
     factor = 2.05   # rates have two digits
-    if len(plan.settings) > 1 or bend > 3 * plan.margin:
+    if len(plan.settings) > 1 or bend > 3 * MARGIN:
         factor = 1.45
     far = [lr for lr in around if abs(log(lr / best)) > log(factor) / 2 ** plan.refine]
     middles = [np.clip(sqrt(best * lr), best / 2, best * 2) for lr in far]
@@ -245,18 +244,18 @@ def next_runs(results, plan):
     if keys and len(results) < plan.max_runs:
         return keys[:plan.max_runs - len(results)], None
     if keys:
-        return [], f"it reached the limit of {plan.max_runs} runs (--max-runs), before it had all it wanted"
+        return [], f"it reached its limit of {plan.max_runs} runs (--max-runs), before it had all it wanted"
     if None in results.values():
-        return [], "only runs that failed were left; the same command tries them again"
+        return [], "only failed runs were left; the same command tries them again"
     if not plan.widen:
-        return [], "it had run what was asked for"
+        return [], "all that was asked for has run"
     edges = {edge_above(table, lowest(table)) for table in tables.values()}
-    return [], f"the best rate had others on both sides, and above it {', '.join(sorted(edges))}"
+    return [], f"the best rate has worse ones on both sides, and {' and '.join(sorted(edges))}"
 
 # The folders of runs ------------------------------------------------------------------------------
 
-FREE = ("lr", "seed", "out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval",
-        "data_tokens")      # args that make no other setting; if data_tokens changes the text, its hash tells
+FREE = ("out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval",
+        "data_tokens")      # args that make no other run; if data_tokens changes the text, its hash tells
 
 def die(message):
     say(f"sweep.py: {message}", sys.stderr)
@@ -270,53 +269,39 @@ def read_runs(dir):
     """The runs in a folder that made a step, with their loss: inf if it diverged, None while it goes on."""
     runs = [run for run in plot.read_runs(dir) if len(run["train"]["step"])]
     for run in runs:
-        loss = run["summary"].get("final_val_loss")
-        over = run["status"] in plot.STATUSES and isinstance(loss, float)
-        run["loss"] = loss if over else None
+        run["loss"] = None
         if run["status"] == "diverged":
             run["loss"] = inf
+        elif run["status"] in plot.STATUSES:
+            run["loss"] = run["summary"].get("final_val_loss")
     return runs
 
-def refuse_mixture(runs, mix_code, made=None, settings=None):
-    """What a run was made with stands in its config.json. Dies at one with other data or (without mix_code)
-    code than made, which train.py --prepare said, or else than the first run; where settings are given,
-    {setting: args}, also at one whose args are not those of the place in the sweep that its name says."""
-    for run in runs:
-        now = {**runs[0]["config"], **(made or {}), "args": {}}
-        found = []
-        if settings:
-            places = {run_name((setting, run["lr"], run["seed"])): setting for setting in settings}
-            now["args"] = settings.get(places.get(run["name"]), {})
-            found += ["rate, seed or setting than its name says"] * (run["name"] not in places)
-        for was in [run["config"], *(run["config"].get("resumes") or [])]:  # each with the code of its day
-            for part in ["args", "data"] + ["code"] * (not mix_code):
-                before = was.get(part) or {}
-                found += [name for name, value in (now.get(part) or {}).items()
-                          if name not in FREE and before.get(name, value) != value]
-        if found:
-            advice = " or add --mix-code" * all(name.endswith(".py") for name in found)
-            die(f"{run['name']} was made with another {', '.join(found)}; choose another --name{advice}")
+def refuse_mixture(run, made, mix_code):
+    """Dies if the run's config.json has other args, data or (without mix_code) code than made has."""
+    parts = ["args", "data"] + ["code"] * (not mix_code)
+    found = []
+    for was in [run["config"], *run["config"].get("resumes", [])]:  # each with the code of its day
+        for part in parts:
+            before, now = was.get(part) or {}, made.get(part) or {}
+            found += [name for name in now if name not in FREE and before.get(name, now[name]) != now[name]]
+    if found:
+        advice = " or add --mix-code" * all(name.endswith(".py") for name in found)
+        die(f"{run['name']} was made with another {', '.join(found)}; choose another --name{advice}")
 
 # Processes ----------------------------------------------------------------------------------------
 
-# A child has a session of its own: Ctrl-C reaches the sweep alone, which passes it on. On Linux it dies with
-# its parent (PR_SET_PDEATHSIG is 1): a killed sweep leaves no run beside its successor's.
-CHILD = dict(stdin=subprocess.DEVNULL, start_new_session=True)
-if sys.platform == "linux":
+CHILD = dict(stdin=subprocess.DEVNULL)
+if sys.platform == "linux":     # a run dies with its sweep (PR_SET_PDEATHSIG is 1), and is never left alone
     LIBC = ctypes.CDLL(None)
     CHILD["preexec_fn"] = lambda: LIBC.prctl(1, signal.SIGKILL)
-    tqdm.monitor_interval = 0   # no thread beside a fork
-SAME_STOP = 2   # seconds in which signals are one stop: timeout(1) and some schedulers send it in two ways
 
 def handle_stops(plan):
-    """The first stop is passed on to the runs, which save and end; a later one kills them. What the starter
-    ignored (nohup) stays ignored, here and in the runs."""
+    """Stops are passed on to the runs: train.py saves at the first, and ends at once 2 s after it. What the
+    starter ignored (nohup) stays ignored, here and in the runs."""
     def on_signal(number, frame):
-        plan.stops.append((number, time.monotonic()))
-        for process in plan.processes:
-            if plan.stops[-1][1] - plan.stops[0][1] > SAME_STOP:
-                process.kill()
-            elif len(plan.stops) == 1 and os.name == "posix":   # elsewhere the console has told them
+        plan.stopped = plan.stopped or number
+        for process in plan.running.values():
+            if os.name == "posix":      # on Windows the console has told them
                 process.send_signal(number)
     for number in signal.Signals:
         stop = number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -324,27 +309,23 @@ def handle_stops(plan):
             signal.signal(number, on_signal)
 
 def end_if_stopped(plan):
-    if plan.stops:
+    if plan.stopped:
         say("stopped; every run keeps what it has. The same command goes on")
-        raise SystemExit(128 + plan.stops[0][0])
-
-def start(plan, command, **how):
-    process = subprocess.Popen(command, **CHILD, **how)
-    plan.processes.append(process)
-    return process
+        raise SystemExit(128 + plan.stopped)
 
 def command(plan, setting, *more):
     return [sys.executable, str(TRAIN), *plan.flags, *[f"--{text}" for text in setting], *more]
 
 def run_command(plan, key):
     setting, lr, seed = key
-    own = [f"--lr={lr:g}", f"--seed={seed}", f"--out={plan.dir / run_name(key)}", "--resume", "--no-plot"]
-    return command(plan, setting, *own)
+    return command(plan, setting, f"--lr={lr}", f"--seed={seed}", f"--out={plan.dir / run_name(key)}",
+                   "--resume", "--no-plot")
 
 def ask_train(plan, setting, flag):
     """What train.py prints, JSON. If something is wrong, it has said so itself."""
-    process = start(plan, command(plan, setting, flag), stdout=subprocess.PIPE)
-    answer, _ = process.communicate()
+    plan.running[0] = subprocess.Popen(command(plan, setting, flag), stdout=subprocess.PIPE, **CHILD)
+    answer, _ = plan.running[0].communicate()
+    process = plan.running.pop(0)
     end_if_stopped(plan)
     if process.returncode:
         raise SystemExit(2)
@@ -357,7 +338,7 @@ def visible_gpus(device):
         return []
     if names is None:   # without nvidia-smi the shell's complaint holds no UUID
         return [str(i) for i in range(subprocess.getoutput("nvidia-smi -L").count("UUID"))]
-    return re.findall(r"[^\s,]+", names)
+    return names.split(",")
 
 def start_run(plan, key, slot):
     env = dict(os.environ)
@@ -368,116 +349,121 @@ def start_run(plan, key, slot):
     dir = plan.dir / run_name(key)
     dir.mkdir(parents=True, exist_ok=True)
     with open(dir / "stderr.log", "wb") as log:
-        process = start(plan, run_command(plan, key), stdout=subprocess.DEVNULL, stderr=log, env=env)
+        process = subprocess.Popen(run_command(plan, key), env=env, stdout=subprocess.DEVNULL, stderr=log,
+                                   **CHILD)
     process.dir, process.began, process.steps = dir, time.monotonic(), plan.steps[key[0]]
     return process
 
-def say_how_it_ended(process):
+def how_it_ended(process):
     log, code = process.dir / "stderr.log", process.returncode
-    lines = log.read_text(errors="replace").splitlines()
+    if code < 0:
+        return (f"KILLED by {signal.Signals(-code).name}, from outside this program (out of memory? a time "
+                f"limit?). Its log is {log}; the same command goes on with it")
+    if code > 128:
+        return "stopped"
+    if code:
+        lines = log.read_text(errors="replace").splitlines()
+        return "\n".join([f"FAILED, the others go on. The end of {log}:", *lines[-6:]])
     summary = plot.read_json(process.dir / "summary.json") or {}
     loss = summary.get("final_val_loss") or nan     # null: it was not finite
-    how = f"{summary.get('status')}, validation loss {loss:.4g}, {time.monotonic() - process.began:.0f} s"
-    if code < 0:
-        how = (f"KILLED by {signal.Signals(-code).name}, from outside this program (out of memory? a time "
-               f"limit?). Its log is {log}; the same command goes on with it")
-    elif code > 128:
-        how = "stopped"
-    elif code:
-        how = "\n".join([f"FAILED, the others go on. The end of {log}:", *lines[-6:]])
-    elif not lines:
-        log.unlink()
-    say(f"{process.dir.name}: {how}")
+    return f"{summary.get('status')}, validation loss {loss:.4g}, {time.monotonic() - process.began:.0f} s"
 
-def show_progress(bar, running, done, terminal):
-    """The bar counts the steps of all runs; behind it stand the losses of those that are going on."""
-    bar.n, losses = done, []
-    for process in running:
+def in_place(plan, line):
+    """On a terminal: this line in place of the one before."""
+    columns = shutil.get_terminal_size().columns - 1
+    if plan.terminal:
+        with suppress(OSError):     # it may be gone
+            print(f"\r{line[:columns]:{columns}}\r", end="", flush=True)
+
+def progress(plan, done, total, seconds):
+    """A bar of the steps of a round, with the losses of the runs that are going on."""
+    losses = []
+    for process in plan.running.values():
         run = plot.read_run(process.dir)
         if run and len(run["train"]["step"]):
-            bar.n += int(run["train"]["step"][-1])
+            done += int(run["train"]["step"][-1])
             losses.append(f"{run['name']} {run['train']['train_loss'][-1]:.3f}")
-    bar.set_postfix_str(", ".join(losses))      # which shows it
-    if not terminal:
-        say(str(bar))
+    return tqdm.format_meter(done, total, seconds, unit=" steps", ascii=True, postfix=", ".join(losses))
 
 def execute(plan, keys):
     """One round: runs, plan.jobs at a time, with one bar for all of them."""
-    waiting, running, done = list(keys), {}, 0      # running: {slot: process}
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    bar = tqdm(total=sum(plan.steps[setting] for setting, _, _ in keys), unit=" steps", ascii=True,
-               leave=False, dynamic_ncols=terminal, file=sys.stdout if terminal else io.StringIO())
-    shown = time.monotonic()
-    try:
-        while running or (waiting and not plan.stops):
-            for slot in range(plan.jobs):
-                if slot in running and running[slot].poll() is not None:
-                    process = running.pop(slot)
-                    done += process.steps
-                    bar.clear()
-                    say_how_it_ended(process)
-                if slot not in running and waiting and not plan.stops:
-                    running[slot] = start_run(plan, waiting.pop(0), slot)
-            if time.monotonic() - shown > (0.5 if terminal else 10):
-                show_progress(bar, running.values(), done, terminal)
-                shown = time.monotonic()
-            time.sleep(0.05)
-    finally:
-        bar.close()
-        for process in running.values():    # after an exception, such as a full disk
-            process.kill()
+    waiting, done = list(keys), 0
+    total = sum(plan.steps[setting] for setting, _, _ in keys)
+    began = shown = time.monotonic()
+    while plan.running or (waiting and not plan.stopped):
+        for slot in range(plan.jobs):
+            if slot in plan.running and plan.running[slot].poll() is not None:
+                process = plan.running.pop(slot)
+                done += process.steps
+                in_place(plan, "")
+                say(f"{process.dir.name}: {how_it_ended(process)}")
+            if slot not in plan.running and waiting and not plan.stopped:
+                plan.running[slot] = start_run(plan, waiting.pop(0), slot)
+        if time.monotonic() - shown > (1 if plan.terminal else 10):
+            shown = time.monotonic()
+            line = progress(plan, done, total, shown - began)
+            in_place(plan, line)
+            if not plan.terminal:
+                say(line)
+        time.sleep(0.05)
     end_if_stopped(plan)
+
+def losses_in_folder(plan, keys, asked, made):
+    """{key: loss}, None where it has to be run. Every run there must be what train.py would make now."""
+    names = {run_name(key): key for key in keys}
+    losses = dict.fromkeys(keys)
+    for run in read_runs(plan.dir) if plan.dir.is_dir() else []:
+        args = {}
+        if run["name"] in names:
+            setting, lr, seed = names[run["name"]]
+            args = dict(asked[setting]["args"], lr=lr, seed=seed)
+            losses[setting, lr, seed] = run["loss"]
+        refuse_mixture(run, dict(made, args=args), plan.mix_code)
+    return losses
 
 def run_sweep(plan):
     """Round after round; a restart replays them, and finished runs answer at once. Then the report."""
+    first, *others = plan.settings
+    ask = "--dry-run"
     if not plan.dry_run:
         say("checking the flags and preparing the data ...")
-    asked = {setting: ask_train(plan, setting, "--dry-run") for setting in plan.settings}
-    settings = {setting: answer["args"] for setting, answer in asked.items()}
-    plan.steps = {setting: answer["steps"] for setting, answer in asked.items()}
-    if len(asked) > 1:      # each setting reads the corpus that the largest budget needs
+        ask = "--dry-run" if others else "--prepare"
+    asked = {setting: ask_train(plan, setting, ask) for setting in plan.settings}
+    made = asked[first]
+    if others:      # all read the corpus that the largest budget needs
         plan.flags += ["--data-tokens", str(max(answer["tokens"] for answer in asked.values()))]
-    own = settings[plan.settings[0]]["lr"]
-    times = [own if text.startswith("x") else 1 for text in plan.lrs]
-    plan.lrs = [float(f"{float(text.strip('x')) * by:g}") for text, by in zip(plan.lrs, times)]
-    made = None
+        if not plan.dry_run:
+            made = ask_train(plan, first, "--prepare")
+    plan.steps = {setting: answer["steps"] for setting, answer in asked.items()}
+    around = [float(f"{made['args']['lr'] * times:.3g}") for times in (0.1, 0.3, 1, 3, 10)]
+    plan.lrs = plan.lrs or around
     if not plan.dry_run:
-        made = ask_train(plan, plan.settings[0], "--prepare")
         owner = lock(plan.dir)
         say(f"runs go to {plan.dir}, {plan.jobs} at a time")
-    keys = []   # of all rounds
-    while True:
-        runs = read_runs(plan.dir) if plan.dir.is_dir() else []
-        refuse_mixture(runs, plan.mix_code, made, settings)
-        found = {run["name"]: run["loss"] for run in runs}
-        results = {key: found.get(run_name(key)) for key in keys}
+    results, ended = {}, None
+    while not ended:
         new, ended = next_runs(results, plan)
-        todo = [key for key in new if found.get(run_name(key)) is None]
+        losses = losses_in_folder(plan, new, asked, made)
+        todo = [key for key in new if losses[key] is None]
         if plan.dry_run and (todo or ended):
-            return print_commands(plan, todo)
-        if ended:
-            break
-        execute(plan, todo)
-        keys += new
-    text = report(plan.dir, plan, f"The search ended when {ended}.").split("## ")[0].replace("**", "")
+            for key in todo:
+                say(f"cd {shlex.quote(os.getcwd())} && {shlex.join(run_command(plan, key))}")
+            return 0
+        if todo:
+            execute(plan, todo)
+            losses = losses_in_folder(plan, new, asked, made)
+        results |= losses
+    text = report(plan.dir, plan, f"The search ended because {ended}.").split("## ")[0].replace("**", "")
     say(f"\n{text}Table, analysis and pictures: {plan.dir}")
     owner.close()
     return int(None in results.values())
 
-def print_commands(plan, keys):
-    for key in keys:
-        line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(run_command(plan, key))}"
-        if "\n" in line:    # what follows it would be run as a command of its own
-            die(f"{line!r:.200}: a command with a line break is refused")
-        say(line)
-    return 0
-
 # Analysis: insights.json --------------------------------------------------------------------------
 
-def analyse(runs, margin=0.01, ended=""):
+def analyse(runs, ended=""):
     """All that the runs show. Sets each run's setting, those of its args in which the runs differ, and its
     steps to the training loss that the worst surviving run ends with."""
-    flags = [flag for flag in runs[0]["args"] if flag not in FREE]
+    flags = [flag for flag in runs[0]["args"] if flag not in (*FREE, "lr", "seed")]
     varied = [flag for flag in flags if len({str(run["args"].get(flag)) for run in runs}) > 1]
     ends = [run["train"]["train_loss"][-1] for run in runs if run["loss"] not in (None, inf)]
     target = max(ends, default=-inf)
@@ -487,68 +473,49 @@ def analyse(runs, margin=0.01, ended=""):
         reached = run["train"]["step"][run["train"]["train_loss"] <= target]
         run["steps_to_loss"] = min(reached, default=None)
     tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in runs})
-    winner, comparisons = compare_settings(tables, margin)
-    settings = [analyse_setting(label, table, runs, margin) for label, table in tables.items()]
+    winner, comparisons = compare_settings(tables)
+    settings = [analyse_setting(label, table, runs) for label, table in tables.items()]
     use = None
     if winner is not None and not runs[0]["args"].get("full_batch"):
         [s] = [s for s in settings if s["label"] == winner]
         use = dict(setting=winner, lr=s["best_lr"], loss=s["best_loss"], low=s["low"], high=s["high"],
                    seeds=s["seeds"])
     minutes = sum(run["summary"].get("seconds") or 0 for run in runs) / 60
-    insights = dict(use=use, ended=ended, runs=len(runs), minutes=minutes, margin=margin, target_loss=target,
+    insights = dict(use=use, ended=ended, runs=len(runs), minutes=minutes, target_loss=target,
                     comparisons=comparisons, settings=settings)
     return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
 
-def analyse_setting(label, table, runs, margin):
+def analyse_setting(label, table, runs):
     """One setting: what is known of its best rate, and a row for each rate."""
     best = lowest(table)
-    found = compare_rates(table, best, margin) if best else {}
-    rates = []
-    runs = [run for run in runs if run["setting"] == label and run["loss"] is not None]
+    s = dict(label=label, best_lr=best, best_loss=nan, low=nan, high=nan, seeds=0, noise=nan, rates=[])
+    beside = {}
+    if best:
+        beside = compare_rates(table, best)
+        low, high = limits(beside, best)
+        squares, df = noise(table, best)
+        s |= dict(best_loss=mean(table[best].values()), low=low or nan, high=high, seeds=len(table[best]))
+        s["noise"] = sqrt(squares / df) if df else nan
     for lr in sorted(table):
-        row = analyse_rate([run for run in runs if run["lr"] == lr])
-        rates.append(row | found.get(lr, dict(worse_by=None, half_width=None, verdict="diverged")))
-    s = dict(label=label, rates=rates, summary=summarise([row for row in rates if not row["diverged"]]))
-    if not best:
-        return s | dict.fromkeys(["best_lr", "best_loss", "low", "high", "noise"]) | dict(
-            as_good=[], seeds=0, bracketed=False, edge=dict(unstable=None, diverged=None))
-    squares, df = noise(table, best)
-    low, high = limits(found, best)
-    return s | dict(best_lr=best, best_loss=mean(table[best].values()), low=low or None, high=high,
-                    noise=sqrt(squares / df) if df else None, seeds=len(table[best]),
-                    as_good=[row["lr"] for row in rates if row["verdict"] == "as good"],
-                    bracketed=len(neighbours(table, best)) == 2,
-                    edge={status: first_above(rates, best, status) for status in ("unstable", "diverged")})
-
-def first_above(rates, best, status):
-    """The first rate above the best with a run of this status, or None."""
-    for below, row in itertools.pairwise(rates):
-        if row["lr"] > best and row[status]:
-            return dict(lr=row["lr"], seeds=row[status], of=len(row["seeds"]), ratio=row["lr"] / best,
-                        survived=below["lr"])
-
-def summarise(rows):
-    """Of rates that survived; with the correlations with log rate that earlier reports gave."""
-    columns = ("val_loss", "val_accuracy", "val_perplexity")
-    x = np.array([[log(row["lr"]), *map(row.get, columns)] for row in rows])
-    with np.errstate(all="ignore"):     # no variation, no correlation
-        correlations = np.corrcoef(x, rowvar=False)[0, 1:] if len(x) > 2 else []
-    losses = [row["val_loss"] for row in rows]
-    return dict(mean=mean(losses), deviation=deviation(losses), best=min(losses, default=nan),
-                worst=max(losses, default=nan), correlations=dict(zip(columns, correlations)))
+        row = dict(lr=lr, worse_by=nan, half_width=nan, verdict="diverged") | beside.get(lr, {})
+        own = [run for run in runs if run["setting"] == label and run["lr"] == lr]
+        s["rates"].append(row | analyse_rate([run for run in own if run["loss"] is not None]))
+    s["edge"] = {}
+    for status in ("unstable", "diverged"):     # the first such rate above the best
+        found = [row["lr"] for row in s["rates"] if best and row["lr"] > best and row["status"] == status]
+        s["edge"][status] = dict(lr=found[0]) if found else None
+    return s
 
 def analyse_rate(runs):
-    alive = [run for run in runs if run["loss"] < inf]  # the means are of these
-    states = [run["status"] for run in runs]
-    losses = [run["loss"] for run in alive]
-    row = dict(lr=runs[0]["lr"], seeds=[run["seed"] for run in runs], val_loss=mean(losses),
-               deviation=deviation(losses), status=max(states, key=plot.STATUSES.index),
-               unstable=states.count("unstable"), diverged=states.count("diverged"),
+    """The runs of a rate: the worst of their fates, and means of those that did not diverge."""
+    alive = [run for run in runs if run["loss"] < inf]
+    row = dict(seeds=[run["seed"] for run in runs], diverged=len(runs) - len(alive),
                runs=[[run["seed"], run["loss"], run["status"]] for run in runs],
-               steps_to_loss=mean(run["steps_to_loss"] for run in alive),
-               max_grad_norm=mean(run["summary"].get("max_grad_norm") for run in runs))
-    for name in ("val_accuracy", "val_perplexity", "val_bpb"):
-        row[name] = mean(run["summary"].get("final_" + name) for run in alive)
+               status=max((run["status"] for run in runs), key=plot.STATUSES.index),
+               val_loss=mean(run["loss"] for run in alive),
+               steps_to_loss=mean(run["steps_to_loss"] for run in alive))
+    for name in ("final_val_accuracy", "final_val_perplexity", "final_val_bpb", "max_grad_norm"):
+        row[name.removeprefix("final_")] = mean(run["summary"].get(name) for run in alive)
     return row
 
 # Report -------------------------------------------------------------------------------------------
@@ -556,72 +523,72 @@ def analyse_rate(runs):
 COLUMNS = ("setting", "lr", "seed", "status", "steps", "final_val_loss", "final_val_accuracy",
            "final_val_perplexity", "final_val_bpb", "final_train_loss", "best_val_loss", "best_val_step",
            "max_grad_norm")     # no times: repeatable
-CURVES = ("setting", "lr", "seed", "step", "train_loss", "val_loss")
+CURVE = ("setting", "lr", "seed", "step", "train_loss", "val_loss")
+ROW = ("| {lr:g} | {n} | {val_loss:.4f} | {worse_by:.4f} ± {half_width:.4f} | {verdict} | {status} | "
+       "{val_bpb:.4f} |")
 SAID = {"different": "the seeds show it.", "not shown": "the seeds do not show which is better.",
-        "same": "the same, for all that matters (--margin)."}
+        "same": f"the same, for all that matters ({MARGIN} nats)."}
 
 def answer(s):
     """Which rate to use in a setting, and how sure that is."""
-    text = "**Use {best_lr:g} {label}".format(**s).strip() + "**: of the learning rates tried, it has the "
-    text += "lowest validation loss, {best_loss:.3f} nats a token".format(**s)
+    name = f"{s['best_lr']:g} {s['label']}".strip()
+    text = (f"**Use {name}.** Of the learning rates tried it has the lowest validation loss: "
+            f"{s['best_loss']:.3f} nats a token, ")
     if s["seeds"] == 1:
-        return text + ", in its only run. One seed cannot tell a better rate from luck: add --seeds 3."
-    text += " on average over {seeds} seeds. ".format(**s)
-    if s["low"] and s["high"]:
-        text += "The optimum lies between {low:g} and {high:g}, the nearest rates that are shown to be ".format(**s)
-        text += ("worse: by paired t-tests over the seeds, which hold together with 95%, or by two runs that "
-                 "diverged.")
-    else:
-        sides = " or ".join(["below"] * (not s["low"]) + ["above"] * (not s["high"]))
+        return text + "in its only run. One seed cannot tell a better rate from luck: add --seeds 3."
+    text += f"the mean of {s['seeds']} seeds. "
+    sides = " or ".join(["below"] * (not s["low"]) + ["above"] * (not s["high"]))
+    if sides:
         text += f"No rate {sides} it is shown to be worse, so the optimum may lie far {sides}."
-    close = [row for row in s["rates"] if row["verdict"] in ("as good", "unclear")]
+    else:
+        tests = ["paired t-tests over the seeds, 95% together"]
+        tests += [f"{row['diverged']} runs at {row['lr']:g} diverged" for row in s["rates"]
+                  if row["lr"] in (s["low"], s["high"]) and row["diverged"] > 1]
+        text += (f"The optimum lies between {s['low']:g} and {s['high']:g}: these two are shown to be worse "
+                 f"({'; '.join(tests)}).")
+    close = [f"{row['lr']:g} ({row['worse_by']:+.3f})" for row in s["rates"]
+             if row["verdict"] in ("as good", "cannot tell")]
     if close:
-        rates = ", ".join("{lr:g} ({worse_by:+.3f})".format(**row) for row in close)
-        text += f" The seeds cannot tell it from {rates}; in brackets, nats above the best."
+        text += f" {', '.join(close)} cannot be told from it with {s['seeds']} seeds."
     return text
 
 def above_the_best(s):
     """What happened at higher rates."""
     unstable, diverged, top = s["edge"]["unstable"], s["edge"]["diverged"], s["rates"][-1]
-    text = ""
-    if unstable:
-        text = "The first unstable rate above the best is {lr:g}, in {seeds} of {of} runs. "
-        text = text.format(**unstable)
+    if top["lr"] == s["best_lr"]:
+        return "No rate above the best was tried."
     if diverged:
-        least = diverged["survived"] / s["best_lr"]
-        text += "Runs begin to diverge between {survived:g} and {lr:g}, ".format(**diverged)
-        text += f"{least:.1f} to {diverged['ratio']:.1f} times the best; a folk rule says 2 to 4."
-    elif top["lr"] > s["best_lr"]:
-        text += f"None above the best diverged, up to {top['lr']:g}, {top['worse_by']:.2f} nats worse."
+        below = max(row["lr"] for row in s["rates"] if row["lr"] < diverged["lr"])
+        ratio = diverged["lr"] / s["best_lr"]
+        text = (f"The first diverged rate is {diverged['lr']:g}, {ratio:.3g} times the best; {below:g}, the "
+                "highest rate below it, survived.")
     else:
-        text += "No rate above the best was tried."
+        text = f"No rate above the best diverged, up to {top['lr']:g}, {top['worse_by']:.2f} nats worse."
+    if unstable:
+        text += f" The first unstable rate above the best is {unstable['lr']:g}."
     return text
 
 def rates_table(rates):
     """The rates of a setting in markdown."""
-    lines = ["| rate | seeds | loss | worse by | verdict | curves | bits a byte |", "|" + " --- |" * 7]
+    lines = ["| learning rate | seeds | loss | worse by | verdict | curves | bits a byte |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in rates:
-        numbers = [row[name] for name in ("val_loss", "worse_by", "half_width", "val_bpb")]
-        loss, worse_by, half_width, bpb = ["" if x is None else f"{x:.4f}" for x in numbers]
-        if half_width:
-            worse_by += f" ± {half_width}"
-        if row["verdict"] == "best":
-            worse_by = ""
-        cells = [f"{row['lr']:g}", str(len(row["seeds"])), loss, worse_by, row["verdict"], row["status"], bpb]
-        lines.append(f"| {' | '.join(cells)} |")
+        known = {name: nan if value is None else value for name, value in row.items()}
+        line = ROW.format(n=len(row["seeds"]), **known)
+        lines.append(line.replace(" ± nan", "").replace("nan", ""))
     return "\n".join(lines)
 
-def write_up(insights, unfinished=(), mix_code=False):
+def write_up(insights, left_out=(), mix_code=False):
     """lr_sweep_analysis.md, the answer first. Every number in it comes out of insights."""
     use, settings = insights["use"], insights["settings"]
     text = ["# Which learning rate?"]
-    if use:
-        text += [answer(s) for s in settings if s["label"] == use["setting"]]
-    else:
-        text.append("No answer: no run survived, or all fit one batch, whose validation loss says little.")
-    text.append("{runs} runs took {minutes:.1f} minutes. {ended}".format(**insights).strip())
-    if unfinished:
-        text.append(f"Left out, as they are not over or cannot be read: {', '.join(unfinished)}.")
+    text += [answer(s) for s in settings if use and s["label"] == use["setting"]]
+    if not use:
+        text.append("No answer: no rate survived, or all fit one batch, whose validation loss says little.")
+    took = "{runs} runs took {minutes:.1f} minutes of training, summed over the runs. {ended}"
+    text.append(took.format(**insights).strip())
+    if left_out:
+        text.append(f"Left out, as they are not over or cannot be read: {', '.join(left_out)}.")
     if mix_code:
         text.append("Runs of edited code may be among them (--mix-code).")
     for c in insights["comparisons"]:
@@ -630,67 +597,59 @@ def write_up(insights, unfinished=(), mix_code=False):
             size += " (from {low:.4f} to {high:.4f})".format(**c)
         text.append(f"{c['worse']} at its best rate is {size} worse than {c['better']}: {SAID[c['verdict']]}")
     for s in settings:
-        text.append(f"## Learning rates {s['label']}".strip())
+        text.append(f"## The learning rates {s['label']}".strip())
         if s["best_lr"]:
             text.append(above_the_best(s))
         text.append(rates_table(s["rates"]))
-        if s["summary"]["deviation"]:
-            text.append("The rates that survived in all their seeds end at {mean:.3f} nats on average "
-                        "(deviation {deviation:.3f}), from {best:.3f} to {worst:.3f}.".format(**s["summary"]))
+        losses = [row["val_loss"] for row in s["rates"] if not row["diverged"]]
+        if len(losses) > 1:
+            text.append("The rates that survived in all their seeds end at "
+                        f"{mean(losses):.3f} nats on average (deviation {deviation(losses):.3f}), "
+                        f"from {min(losses):.3f} to {max(losses):.3f}.")
+    if any(s["edge"]["diverged"] for s in settings):
+        text.append("A folk rule says that runs begin to diverge at 2 to 4 times the best rate.")
     return "\n\n".join(text) + "\n"
 
 def write_csv(path, columns, rows):
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([columns, *rows])
-    write_aside(path, table.getvalue().encode())
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_aside(path, text.getvalue().encode())
 
 def curve(run):
     """A run's rows in curves.csv: at most 100 means of training losses, and every validation loss."""
-    name = [run["setting"], f"{run['lr']:g}", run["seed"]]
-    steps, losses = run["train"]["step"], run["train"]["train_loss"]
-    block = ceil(len(steps) / 100)
-    for i in range(0, len(steps), block):
-        yield [*name, int(steps[i:i + block][-1]), f"{np.mean(losses[i:i + block]):.4g}", ""]
+    blocks = min(100, len(run["train"]["step"]))
+    steps = np.array_split(run["train"]["step"], blocks)
+    losses = np.array_split(run["train"]["train_loss"], blocks)
+    for step, loss in zip(steps, losses):
+        yield run | dict(step=int(step[-1]), train_loss=f"{np.mean(loss):.4g}")
     for step, loss in zip(run["metrics"]["step"], run["metrics"]["val_loss"]):
         if isfinite(loss):
-            yield [*name, int(step), "", f"{loss:.4g}"]
+            yield run | dict(step=int(step), val_loss=f"{loss:.4g}")
 
 def report(dir, plan, ended=""):
     """Reads the runs under dir, and writes tables, analysis and pictures there; returns the analysis."""
     runs = read_runs(dir)
-    refuse_mixture(runs, plan.mix_code)
     if not runs:
         die(f"{dir} holds no run that made a step")
-    before = plot.read_json(dir / "insights.json") or {}
-    if before.get("runs") == len(runs):     # analysed once more
-        ended = ended or before.get("ended", "")
-    insights = analyse(runs, plan.margin, ended)
+    for run in runs:
+        refuse_mixture(run, dict(runs[0]["config"], args={}), plan.mix_code)
+    insights = analyse(runs, ended)
     over = [run["name"] for run in runs if run["loss"] is not None]
-    unfinished = sorted(path.name for path in dir.iterdir() if path.is_dir() and path.name not in over)
-    text = write_up(insights, unfinished, plan.mix_code)
-    rows = [{**run["summary"], **run, "lr": f"{run['lr']:g}"} for run in runs]
-    write_csv(dir / "summary_table.csv", COLUMNS, [[row.get(name) for name in COLUMNS] for row in rows])
-    if runs[0]["config"]:   # else the runs were read from curves.csv
-        write_csv(dir / "curves.csv", CURVES, itertools.chain(*map(curve, runs)))
+    left_out = sorted(path.name for path in dir.iterdir() if path.is_dir() and path.name not in over)
+    text = write_up(insights, left_out, plan.mix_code)
+    write_csv(dir / "summary_table.csv", COLUMNS, [run["summary"] | run for run in runs])
+    write_csv(dir / "curves.csv", CURVE, [row for run in runs for row in curve(run)])
     write_aside(dir / "lr_sweep_analysis.md", text.encode())
     write_aside(dir / "insights.json", json.dumps(insights, indent=1).encode())
     for run in runs:
-        if run["config"] and not (run["dir"] / "loss_curves.png").exists():
+        if not (run["dir"] / "loss_curves.png").exists():
             plot.draw_run(run["dir"])
     plot.draw_sweep(dir, runs, insights)
     return text
 
 # Command line -------------------------------------------------------------------------------------
-
-def learning_rate(text):
-    if not 1e-9 <= float(text.removeprefix("x")) <= 1e6:
-        raise ValueError
-    return text
-
-def positive(text):
-    if not 1 <= int(text) <= 999_999:
-        raise ValueError
-    return int(text)
 
 def parse_vary(texts):
     """["a=1,2", "b,c=3:4,5:6"] -> every combination, tuples of "flag=value"; [] -> one empty setting."""
@@ -706,8 +665,8 @@ def parse_vary(texts):
         axes.append([tuple(map("=".join, zip(flags, part))) for part in parts])
     return [sum(combination, ()) for combination in itertools.product(*axes)]
 
-def make_plan(argv):
-    """The flags, checked, and what follows from them: flags and settings of the runs, dir, gpus, jobs."""
+def parse_flags(argv):
+    """-> the flags of the sweep, and those that are train.py's."""
     p = argparse.ArgumentParser("sweep.py", allow_abbrev=False, add_help=False,
                                 description="All other flags are sent on to train.py: see train.py --help.")
     p.error = lambda message: die(f"{message}; see --help")
@@ -718,46 +677,45 @@ def make_plan(argv):
     add("--device", default="auto", help="where to train: auto (the default), cuda, mps or cpu")
     add = p.add_argument_group("what to try").add_argument
     add("--study", choices=STUDIES, help="a named experiment, which sets --lrs, --no-widen and more")
-    first, _ = p.parse_known_args(argv)     # these decide the defaults of the others
-    grid = GRIDS.get(first.preset, OTHER_GRID)
-    add("--lrs", nargs="+", type=learning_rate, default=grid.split(), metavar="LR",
-        help=f"learning rates to start from; x3 is 3 times train.py's own (default: {grid})")
-    add("--seeds", type=positive, default=3, help="runs of each learning rate that matters (default: 3)")
-    add("--refine", type=int, default=0, choices=range(10),
-        help="times to halve the steps around the best learning rate (default: 0)")
-    add("--widen", action=argparse.BooleanOptionalAction, default=not first.study,
+    add("--lrs", nargs="+", type=float, metavar="LR",
+        help="learning rates to start from (default for tiny: {tiny}; for moe: {moe})".format(**GRIDS))
+    add("--seeds", type=int, default=3, help="runs of each learning rate that matters (default: 3)")
+    add("--refine", type=int, default=0, help="times to halve the steps around the best one (default: 0)")
+    add("--widen", action=argparse.BooleanOptionalAction, default=True,
         help="search beyond and between --lrs (default: yes, but not in a --study)")
-    add("--margin", type=float, default=0.01,
-        help="difference in loss that does not matter, in nats (default: 0.01)")
-    add("--max-runs", type=positive,
-        help="how many runs to make at most (default: 16 for each setting and seed, or all of --lrs)")
+    add("--max-runs", type=int, help="how many runs at most (default: 16 for each setting and seed)")
     add = p.add_argument_group("how to run, and what to do with the runs").add_argument
-    add("--jobs", type=positive, help="runs at once (default: as many as the cores or GPUs are good for)")
+    add("--jobs", type=int, help="runs at once (default: as many as the cores or GPUs are good for)")
     add("--name", help="folder of the sweep, under runs/ (default: made of the flags)")
     add("--mix-code", action="store_true", help="allow runs that were made before the code was edited")
     add("--dry-run", action="store_true", help="print the commands of the next round, one a line, and stop")
     add("--report", type=Path, metavar="FOLDER", help="analyse and draw again what is in a folder, and stop")
     add("-h", "--help", action="help", help="show this and stop")
-    plan, given = p.parse_known_args(STUDIES.get(first.study, "").split() + argv)
-    plan.flags = ["--preset", plan.preset, "--device", plan.device, *given]
+    plan, given = p.parse_known_args(argv)
+    if plan.study:
+        plan, given = p.parse_known_args(["--no-widen", *STUDIES[plan.study].split(), *argv])
+    return plan, given
+
+def make_plan(argv):
+    """The flags, checked, and what follows from them: flags and settings of the runs, dir, gpus, jobs."""
+    plan, given = parse_flags(argv)
     for word in given:
         if word.split("=")[0] in ("--lr", "--seed", "--out", "--resume", "--prepare", "--data-tokens"):
             die(f"{word} is set by the sweep; see --lrs, --seeds and --name in --help")
-    if plan.name is None:
-        words = [plan.preset, plan.study or "", *(text.split("=")[0] for text in plan.vary), *given]
-        plan.name = re.sub(r"[^\w.+]+", "-", " ".join(words))[:150].strip("-")
-    if not re.fullmatch(r"\w[^/\\]*", plan.name):
-        die(f"--name {plan.name!r}: a plain name, for a folder under runs/")
-    if not 0 <= plan.margin < inf:
-        die(f"--margin {plan.margin}: a number of nats, from 0")
-    plan.dir = Path("runs") / plan.name
-    plan.stops, plan.processes = [], []
+    words = [plan.preset, plan.study or "", *(text.split("=")[0] for text in plan.vary), *given]
+    plan.dir = Path("runs") / (plan.name or re.sub(r"[^\w.+]+", "-", " ".join(words))[:150].strip("-"))
+    plan.flags = ["--preset", plan.preset, "--device", plan.device, *given]
     plan.settings = parse_vary(plan.vary)
-    plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
+    plan.lrs = plan.lrs or GRIDS.get(plan.preset, [])
     plan.gpus = visible_gpus(plan.device)
     # Without GPUs: a larger run fills all cores, and a Mac has one GPU.
     on_cpu = min(8, cores()) if plan.preset == "tiny" and sys.platform != "darwin" else 1
     plan.jobs = plan.jobs or len(plan.gpus) * PER_GPU.get(plan.preset, 1) or on_cpu
+    plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
+    if not all(0 < number < 1e6 for number in (*plan.lrs, plan.seeds, plan.jobs, plan.max_runs)):
+        die("--lrs, --seeds, --jobs and --max-runs must be above 0 and below a million")
+    plan.running, plan.stopped = {}, 0      # {slot: process}; the first signal that came
+    plan.terminal = sys.stdout is not None and sys.stdout.isatty()
     return plan
 
 def main(argv):

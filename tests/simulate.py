@@ -103,7 +103,7 @@ def law(trial, sigma, shape, grows=0, student=False, slopes=0, edge=None, own_op
 def search(loss, settings=((),), lrs=GRID, seeds=3, refine=0, max_runs=500, widen=True):
     """Runs a whole search against a law. Returns {setting: table}, all results, and why it ended."""
     plan = argparse.Namespace(settings=settings, lrs=lrs, seeds=seeds, refine=refine,
-                              max_runs=max_runs, widen=widen, margin=0.01)
+                              max_runs=max_runs, widen=widen)
     results = {}
     ended = None
     while not ended:
@@ -147,7 +147,7 @@ def claims(shape, sigma, seeds, factors, above, trials):
         for i, pair in enumerate(zip(factors, worse)):
             settings.append((("optimum", pair), ("id", i)))
         tables, results, _ = search(loss, settings, seeds=seeds)
-        comparisons = sweep.compare_settings(tables, 0.01)[1]
+        comparisons = sweep.compare_settings(tables)[1]
         count += any(c["low"] > 0 for c in comparisons)
         runs += len(results) / len(settings)
     return count / trials, runs / trials

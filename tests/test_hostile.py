@@ -129,19 +129,15 @@ def test_data(line, capsys, monkeypatch):
 
 
 SWEEP = """
---name ../x                        ../x
---name a/b                         a/b
---name ''                          name
 --seeds HUGE                       seeds
---lrs 1e300                        1e300
+--lrs 1e300                        --lrs
 --lrs ''                           lrs
 --jobs -1                          jobs
 --max-runs nan                     max-runs
 --vary =                           --vary
 --vary data-tokens=1,2             --vary
 --report nowhere                   nowhere
---margin nan                       margin
---refine -1                        refine
+--refine half                      refine
 """
 
 

@@ -55,16 +55,16 @@ def run(monkeypatch, capfd, tmp_path):
 
 def program(cwd, *flags, train=FAKE, before=(), **env):
     """The same as a process of its own, for what signals do to it."""
-    env = {**os.environ, "NANOLR_TRAIN": str(train), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **env}
-    return subprocess.Popen([*before, sys.executable, "-c", PROGRAM, *flags], cwd=cwd, env=env, text=True,
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **env}
+    return subprocess.Popen([*before, sys.executable, "-c", PROGRAM, train, *flags], cwd=cwd, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 PROGRAM = """
-import sys, plot, sweep
+import pathlib, sys, plot, sweep
 plot.draw_run = plot.draw_sweep = lambda *args: []
-sweep.SAME_STOP = 0.2
-sys.exit(sweep.main(sys.argv[1:]))
+sweep.TRAIN = pathlib.Path(sys.argv[1])
+sys.exit(sweep.main(sys.argv[2:]))
 """
 
 
@@ -163,7 +163,9 @@ def test_how_a_search_ended_is_said():
         return search(lambda setting, lr, seed: min(3 + math.log(lr / 3e-3) ** 2 / 4, top), seeds=1)[2]
     assert "more than a nat worse" in valley(9) and "diverged" not in valley(9)
     loss = law(0, 0.0, "flat")[0]
-    assert re.search(r"above it [\d.]+ diverged", search(loss, seeds=1)[2])
+    assert re.search(r"worse ones on both sides, and [\d.]+ diverged$", search(loss, seeds=1)[2])
+    table = {1e-3: {0: 2.0}, 1e-2: {0: 3.5}, 1e-1: {0: math.inf}}
+    assert sweep.edge_above(table, 1e-3) == "0.1 diverged"      # which says more than that 0.01 is a nat worse
 
 
 def test_a_failed_run_is_not_asked_for_again():
@@ -182,15 +184,15 @@ def test_vary_combines_values():
 
 def test_studies_try_what_they_say():
     for study, rates in (("explore", 5), ("extend", 11), ("fine", 9), ("wide", 26), ("edge", 8),
-                         ("edge-adamw", 6), ("schedules", 1)):
+                         ("schedules", 1)):
         plan = sweep.make_plan(["--study", study, "--preset", "moe", "--max-steps", "7"])
         assert len(set(plan.lrs)) == rates
         assert not plan.widen
         assert plan.flags[-2:] == ["--max-steps", "7"]
-    assert plan.lrs == ["x1"] and plan.seeds == 3
+    assert plan.lrs == [0.065] and plan.seeds == 3
     assert len(plan.settings) == 5
     plan = sweep.make_plan(["--study", "schedules", "--lrs", "2e-3", "--seeds", "2"])
-    assert plan.lrs == ["2e-3"] and plan.seeds == 2   # the command line overrides
+    assert plan.lrs == [2e-3] and plan.seeds == 2   # the command line overrides
 
 
 def test_an_unknown_preset_is_train_pys_to_know_and_starts_around_its_own_rate(run):
@@ -229,18 +231,19 @@ def test_a_rate_beside_the_best_is_judged_by_the_paired_t_interval_by_hand():
     assert row["half_width"] == pytest.approx(half * 6.2053 / 4.3027, rel=1e-3) and not row["worse"]
 
 
-def test_two_settings_are_compared_by_the_paired_t_interval():
+def test_two_settings_are_compared_by_the_paired_t_interval(monkeypatch):
     a = {0: 3.00, 1: 3.10, 2: 2.95}
     b = {0: 3.01, 1: 3.13, 2: 2.97}
     tables = {"a": {1e-3: a}, "b": {1e-3: b}}
-    winner, [c] = sweep.compare_settings(tables, 0.01)
+    winner, [c] = sweep.compare_settings(tables)
     half = 4.3027 * np.std([0.01, 0.03, 0.02], ddof=1) / 3 ** 0.5
     assert winner == "a" and c["verdict"] == "not shown"
     assert (c["low"], c["high"]) == pytest.approx((0.02 - half, 0.02 + half), abs=1e-5)
-    assert sweep.compare_settings(tables, 0.1)[1][0]["verdict"] == "same"
     lone = {"a": {1e-3: {0: 3.0}}, "b": {1e-3: {0: 4.0}}}
-    [c] = sweep.compare_settings(lone, 0.01)[1]
+    [c] = sweep.compare_settings(lone)[1]
     assert c["verdict"] == "not shown" and c["low"] == -math.inf
+    monkeypatch.setattr(sweep, "MARGIN", 0.1)
+    assert sweep.compare_settings(tables)[1][0]["verdict"] == "same"
 
 
 def test_the_best_survived_in_all_its_seeds_and_a_lost_file_does_not_move_it():
@@ -262,7 +265,7 @@ def test_one_run_of_a_rate_shows_nothing():
              3e-2: {0: 2.3, 1: math.inf}, 0.1: {0: math.inf}, 0.3: {0: math.inf, 1: math.inf}}
     found = sweep.compare_rates(table, sweep.lowest(table))
     assert {lr: row["verdict"] for lr, row in found.items()} == {
-        1e-3: "not tested", 1.7e-3: "worse", 3e-3: "best", 5.5e-3: "worse", 3e-2: "diverged", 0.1: "diverged",
+        1e-3: "one seed", 1.7e-3: "worse", 3e-3: "best", 5.5e-3: "worse", 3e-2: "diverged", 0.1: "diverged",
         0.3: "diverged"}
     assert {lr for lr, row in found.items() if row["worse"]} == {1.7e-3, 5.5e-3, 0.3}
     del table[1.7e-3], table[5.5e-3]
@@ -274,7 +277,7 @@ def test_one_seed_knows_no_interval():
     table = {lr: {0: loss} for lr, loss in losses.items()}
     found = sweep.compare_rates(table, 3e-3)
     assert sweep.limits(found, 3e-3) == (0, math.inf)
-    assert {row["verdict"] for lr, row in found.items() if lr not in (3e-3, 0.1)} == {"not tested"}
+    assert {row["verdict"] for lr, row in found.items() if lr not in (3e-3, 0.1)} == {"one seed"}
 
 
 @pytest.mark.parametrize("name", ["exponential", "cliff", "own optima", "wild runs", "seeds diverge"])
@@ -314,7 +317,7 @@ def made_up(losses, statuses={}, **args):
 
 def said(losses, ended="", **more):
     """The analysis of made up runs, as text and as numbers."""
-    insights = sweep.analyse(made_up(losses, **more), 0.01, ended)
+    insights = sweep.analyse(made_up(losses, **more), ended)
     return sweep.write_up(insights), insights
 
 
@@ -329,25 +332,34 @@ SEVERAL = {(1e-3, 0): 2.3, (1e-3, 1): 2.31, (3e-3, 0): 2.0, (3e-3, 1): 2.02, (5e
 
 
 def test_the_answer_says_what_two_seeds_show():
-    text, insights = said(SEVERAL)
-    first = text.split("\n")[2]
-    assert first.startswith("**Use 0.003**") and "2.010 nats a token on average over 2 seeds" in first
-    assert "The optimum lies between 0.001 and 0.01, the nearest rates that are shown to be worse" in first
-    assert "cannot tell it from 0.005 (+0.004)" in first
+    text, insights = said(SEVERAL, ended="The search ended because it rained.")
+    first, second = text.split("\n")[2:5:2]
+    assert first == (
+        "**Use 0.003.** Of the learning rates tried it has the lowest validation loss: 2.010 nats a token, the mean "
+        "of 2 seeds. The optimum lies between 0.001 and 0.01: these two are shown to be worse (paired t-tests over "
+        "the seeds, 95% together). 0.005 (+0.004) cannot be told from it with 2 seeds.")
+    assert second == ("11 runs took 5.5 minutes of training, summed over the runs. "
+                      "The search ended because it rained.")
     assert insights["use"] == dict(setting="", lr=3e-3, low=1e-3, high=1e-2, seeds=2, loss=pytest.approx(2.01))
     table = verdicts(text)
-    assert [row[3] for row in table.values()] == ["worse", "best", "as good", "worse", "not tested", "diverged"]
+    assert [row[3] for row in table.values()] == ["worse", "best", "as good", "worse", "one seed", "diverged"]
     assert table["0.001"][0] == "2" and re.fullmatch(r"0\.2950 ± 0\.0\d+", table["0.001"][2])
-    assert table["0.03"][2].startswith("0.9000 ±") and table["0.1"][1] == table["0.1"][2] == ""
-    assert insights["settings"][0]["as_good"] == [5e-3]
+    assert table["0.03"][2] == "0.9000" and table["0.1"][1] == table["0.1"][2] == ""
+    assert "## The learning rates\n" in text and "| learning rate | seeds |" in text
     assert "the first rate" not in text and "None" not in text and "[0" not in text and "True" not in text
+
+
+def test_a_limit_that_diverged_is_said_to_have():
+    """Where two runs that diverged are why, and only there."""
+    text = said({key: loss for key, loss in SEVERAL.items() if key[0] not in (1e-2, 3e-2)})[0]
+    assert "(paired t-tests over the seeds, 95% together; 2 runs at 0.1 diverged)" in text
 
 
 def test_a_rate_that_is_not_shown_to_be_worse_is_not_called_as_good_for_that():
     """It was, at 0.525 nats above the best with two seeds."""
     text, insights = said({(1e-3, 0): 2.0, (1e-3, 1): 2.0, (3e-3, 0): 2.2, (3e-3, 1): 2.85})
-    assert verdicts(text)["0.003"][3] == "unclear" and insights["settings"][0]["as_good"] == []
-    assert "cannot tell it from 0.003 (+0.525)" in text
+    assert verdicts(text)["0.003"][3] == "cannot tell"
+    assert "0.003 (+0.525) cannot be told from it with 2 seeds." in text
 
 
 def test_where_no_rate_is_shown_to_be_worse_on_a_side_no_limit_is_said():
@@ -366,13 +378,14 @@ def test_where_no_rate_is_shown_to_be_worse_on_a_side_no_limit_is_said():
 def test_the_sentence_on_what_lies_above_the_best():
     assert "No rate above the best was tried." in said({(1e-4, 0): 2.1, (1e-3, 0): 2.0})[0]
     text, insights = said({(1e-4, 0): 2.1, (1e-3, 0): 2.0, (3e-3, 0): 2.25})
-    assert "None above the best diverged, up to 0.003, 0.25 nats worse." in text
+    assert "No rate above the best diverged, up to 0.003, 0.25 nats worse." in text and "folk rule" not in text
     text, insights = said(SEVERAL, statuses={3e-2: "unstable"})
-    assert "The first unstable rate above the best is 0.03, in 1 of 1 runs." in text
-    assert "Runs begin to diverge between 0.03 and 0.1, 10.0 to 33.3 times the best" in text
+    assert "The first unstable rate above the best is 0.03." in text
+    assert ("The first diverged rate is 0.1, 33.3 times the best; 0.03, the highest rate below it, survived."
+            in text)
+    assert text.count("folk rule") == 1
     edge = insights["settings"][0]["edge"]
-    assert edge["diverged"] == dict(lr=0.1, seeds=2, of=2, ratio=pytest.approx(100 / 3), survived=0.03)
-    assert edge["unstable"]["lr"] == 0.03
+    assert (edge["unstable"]["lr"], edge["diverged"]["lr"]) == (0.03, 0.1)
 
 
 def test_only_rates_without_a_diverged_run_are_said_to_have_survived():
@@ -380,7 +393,6 @@ def test_only_rates_without_a_diverged_run_are_said_to_have_survived():
               (1e-2, 2): math.inf}
     text, insights = said(losses)
     assert "survived in all their seeds end at 2.300 nats on average (deviation 0.283), from 2.100 to 2.500" in text
-    assert insights["settings"][0]["summary"]["worst"] == pytest.approx(2.5)
 
 
 def test_a_rates_loss_is_the_mean_of_its_own_runs():
@@ -391,7 +403,7 @@ def test_a_rates_loss_is_the_mean_of_its_own_runs():
 
 
 def test_nothing_survived_or_all_fit_one_batch():
-    assert "no run survived" in said({(1e-3, 0): math.inf})[0]
+    assert "no rate survived" in said({(1e-3, 0): math.inf})[0]
     assert "fit one batch" in said(SEVERAL, full_batch=True)[0]
     assert said(SEVERAL, full_batch=True)[1]["use"] is None
 
@@ -418,27 +430,22 @@ def test_steps_to_the_loss_that_the_worst_survivor_ends_with():
 # The program
 
 def test_a_sweep_end_to_end(tmp_path, run, monkeypatch):
-    draw_run, draw_sweep = DRAW     # with pictures of the sweep, and of one run
-    monkeypatch.setattr(plot, "draw_sweep", draw_sweep)
+    draw_run, draw_sweep = DRAW     # with pictures of one run, and below of the sweep
     monkeypatch.setattr(plot, "draw_run", lambda dir: draw_run(dir) if dir.name == "lr0.003-s0" else [])
     flags = ["--jobs", "2", "--max-steps", "30", "--name", "whole"]
     done = run(*flags)
     assert done.status == 0, done.err
     dir = tmp_path / "runs/whole"
     names = {path.name for path in dir.iterdir() if path.is_file()}
-    assert names == {"lr_sweep_comparison.png", "lr_vs_final_loss.png", "detailed_comparison.png",
-                     "lr_schedules.png", "summary_table.csv", "summary_table.png", "insights.json",
-                     "lr_sweep_analysis.md", "curves.csv", ".lock"}
-    assert not list(dir.glob("*/stderr.log"))
+    assert names == {"summary_table.csv", "insights.json", "lr_sweep_analysis.md", "curves.csv", ".lock"}
     assert (dir / "lr0.003-s0/loss_curves.png").exists()
 
     insights = json.loads((dir / "insights.json").read_text())
     setting = insights["settings"][0]
-    assert setting["bracketed"] and setting["noise"] > 0
-    assert setting["edge"]["diverged"]["survived"] < setting["edge"]["diverged"]["lr"]
+    assert setting["noise"] > 0 and setting["edge"]["diverged"]["lr"] > setting["best_lr"]
     assert insights["use"]["low"] <= 2e-3 <= insights["use"]["high"]
-    assert analysis(dir).split("\n")[2].startswith("**Use ") and "average over 3 seeds" in analysis(dir)
-    assert "more than a nat worse" in analysis(dir)
+    assert analysis(dir).split("\n")[2].startswith("**Use ") and "the mean of 3 seeds" in analysis(dir)
+    assert re.search(r"The search ended because the best rate has .*, and [\d.]+ diverged\.", analysis(dir))
     assert "Use " in done.out and "runs/whole" in done.out.splitlines()[-1]
     assert re.search(r"^lr0.003-s0: converged, validation loss 3\.\d+, \d+ s$", done.out, re.M)
     assert len(rows(dir)) == insights["runs"]
@@ -448,13 +455,16 @@ def test_a_sweep_end_to_end(tmp_path, run, monkeypatch):
     only = tmp_path / "only"
     only.mkdir()
     shutil.copy(dir / "curves.csv", only)
+    monkeypatch.setattr(plot, "draw_sweep", draw_sweep)
     assert run("--report", only).status == 0
     again = json.loads((only / "insights.json").read_text())
     assert (again["use"]["lr"], again["use"]["low"]) == (insights["use"]["lr"], insights["use"]["low"])
     for a, b in zip(again["settings"][0]["rates"], setting["rates"]):
         assert (a["lr"], a["seeds"], a["verdict"], a["status"]) == (b["lr"], b["seeds"], b["verdict"], b["status"])
         assert a["val_loss"] == b["val_loss"] or a["val_loss"] == pytest.approx(b["val_loss"], abs=0.05)
-    assert (only / "lr_vs_final_loss.png").exists()
+    assert {path.name for path in only.glob("*.png")} == {
+        "lr_sweep_comparison.png", "lr_vs_final_loss.png", "detailed_comparison.png", "summary_table.png"}
+    assert (only / "curves.csv").read_text() == (dir / "curves.csv").read_text()
     before = (dir / "summary_table.csv").read_bytes()
     monkeypatch.setattr(plot, "draw_sweep", lambda *args: [])
     assert run(*flags).status == 0
@@ -467,25 +477,21 @@ def test_one_seed_says_what_it_cannot_show(tmp_path, run):
     assert "in its only run. One seed cannot tell a better rate from luck: add --seeds 3." in text
     assert "the seeds do not show which is better" in text and "between" not in text
     assert len(rows(tmp_path / "runs/one")) == 6
-    assert "when it had run what was asked for" in text
+    assert "because all that was asked for has run" in text
 
 
-def test_at_max_runs_the_text_says_so_and_a_report_does_not_forget_it(tmp_path, run):
+def test_at_max_runs_the_text_says_so(tmp_path, run):
     assert run("--max-runs", "5", "--max-steps", "12", "--name", "max").status == 0
-    assert "The search ended when it reached the limit of 5 runs" in analysis(tmp_path / "runs/max")
-    assert run("--report", "runs/max").status == 0
-    assert "The search ended when it reached the limit of 5 runs" in analysis(tmp_path / "runs/max")
-    shutil.rmtree(tmp_path / "runs/max/lr0.01-s0")
-    assert run("--report", "runs/max").status == 0      # other runs: nobody knows
+    assert "The search ended because it reached its limit of 5 runs" in analysis(tmp_path / "runs/max")
+    assert run("--report", "runs/max").status == 0      # how a search ended is not known to a report
     assert "The search" not in analysis(tmp_path / "runs/max")
 
 
 BAD = """
---lrs 1e-3 0 | invalid learning_rate
+--lrs 1e-3 0 | --lrs
 --lrs -1 | --lrs
---lrs nan | nan
+--lrs nan | --lrs
 --lrs fast | fast
---lrs x0 | x0
 --seeds 0 | --seeds
 --seeds 1e30 | 1e30
 --study nope | explore
@@ -493,10 +499,8 @@ BAD = """
 --vary a,b=1:2,3 | FLAG=V1
 --vary lr=1,2 | --lrs
 --vary data=a,b | tokenizer
---jobs 0 | --jobs
+--jobs -1 | --jobs
 --lr 1e-3 | --lrs
---name ../x | under runs/
---name a/b | under runs/
 --report nowhere | nowhere
 """
 
@@ -520,7 +524,7 @@ def test_what_train_py_refuses_ends_the_sweep(tmp_path, run, flags):
 def test_help_has_groups_defaults_and_says_what_train_py_gets(run):
     done = run("--preset", "moe", "--help")
     assert done.status == 0 and "sent on to train.py" in done.out and "None" not in done.out
-    assert "0.065" in done.out and "(default: 3)" in done.out and "nats" in done.out
+    assert "0.065" in done.out and "(default: 3)" in done.out
     for group in ("what to train:", "what to try:", "how to run"):
         assert group in done.out
 
@@ -531,7 +535,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, run):
     assert "out of memory, say" in done.out
     assert "lr0.003-s0: FAILED" in done.out
     assert [row["lr"] for row in rows(tmp_path / "runs/tiny")] == ["0.001", "0.01"]
-    assert "only runs that failed were left" in analysis(tmp_path / "runs/tiny")
+    assert "only failed runs were left" in analysis(tmp_path / "runs/tiny")
     assert "cannot be read: lr0.003-s0" in analysis(tmp_path / "runs/tiny")
     assert run(*THREE, "--name", "tiny").status == 0   # it is tried again
     assert len(rows(tmp_path / "runs/tiny")) == 3
@@ -569,8 +573,6 @@ def test_dry_run_prints_commands_that_work_anywhere(tmp_path, run):
     assert [s["label"] for s in insights["settings"]] == ["max-steps=20", "max-steps=40"]
     more = run(*flags).out.splitlines()
     assert more and not set(more) & set(lines)   # the next round of the search
-    refused = run("--dry-run", "--data", "x\nrm -rf ~")
-    assert refused.status == 2 and "line break" in refused.err and refused.out == ""
 
 
 def test_a_folder_with_a_name_in_any_script_is_a_folder(tmp_path, run, monkeypatch):
@@ -615,12 +617,11 @@ def test_code_that_is_edited_during_the_only_round_is_noticed(tmp_path, run, mon
 
 
 def test_a_resumed_run_was_made_with_the_code_of_both_days():
-    code = dict(a="1", b="2")
-    whole = dict(name="whole", lr=1e-3, seed=0, args={}, config=dict(code=code))
-    resumed = dict(whole, name="resumed", config=dict(code=code, resumes=[dict(step=3, code=dict(a="1", b="3"))]))
+    whole = dict(code=dict(a="1", b="2"))
+    resumed = dict(name="resumed", config=dict(whole, resumes=[dict(step=3, code=dict(a="1", b="3"))]))
     with pytest.raises(SystemExit):
-        sweep.refuse_mixture([whole, resumed], False)
-    sweep.refuse_mixture([whole, resumed], True)
+        sweep.refuse_mixture(resumed, whole, False)
+    sweep.refuse_mixture(resumed, whole, True)
 
 
 def test_runs_of_other_flags_data_or_names_are_refused_before_anything_is_run(tmp_path, run):
@@ -630,10 +631,12 @@ def test_runs_of_other_flags_data_or_names_are_refused_before_anything_is_run(tm
     assert done.status == 2 and "made with another max_steps" in done.err
     done = run(*THREE, "--name", "tiny", "--seeds", "2", "--data", "other")
     assert done.status == 2 and "data" in done.err
-    (dir / "lr0.003-s0").rename(dir / "lr0.003-s1")
+    (dir / "lr0.003-s0").rename(dir / "aside")
+    shutil.copytree(dir / "lr0.01-s0", dir / "lr0.003-s0")
     done = run(*THREE, "--name", "tiny", "--seeds", "2")
-    assert done.status == 2 and "lr0.003-s1 was made with another" in done.err and "rate, seed or setting than its name says" in done.err
-    (dir / "lr0.003-s1").rename(dir / "lr0.003-s0")
+    assert done.status == 2 and "lr0.003-s0 was made with another lr" in done.err
+    shutil.rmtree(dir / "lr0.003-s0")
+    (dir / "aside").rename(dir / "lr0.003-s0")
     path = dir / "lr0.001-s0/config.json"
     config = json.loads(path.read_text())
     config["data"]["train_sha256"] = "other"
@@ -729,36 +732,40 @@ def test_stopped_at_random_moments_it_ends_like_one_left_alone(tmp_path, run, mo
     assert rows(tmp_path / "whole/runs/tiny") == rows(tmp_path / "killed/runs/tiny")
 
 
-STUBBORN = """
+SLOW_TO_STOP = """
 import json, os, pathlib, signal, sys, time
-if "--prepare" in sys.argv or "--dry-run" in sys.argv:
+if "--prepare" in sys.argv:
     print(json.dumps(dict(args=dict(lr=1e-3), tokens=1, steps=1, data={}, code={})))
-else:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: print(number, file=open("asked", "a"), flush=True))
-    print(os.getpid(), file=open("started", "w"), flush=True)
-    while True:
-        time.sleep(0.05)
+    sys.exit()
+asked = []
+def on_signal(number, frame):
+    asked.append(number)
+    print(*asked, file=open("asked", "w"), flush=True)
+    if asked.count(signal.SIGTERM) == 2:
+        os._exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, on_signal)
+print(os.getpid(), file=open("started", "w"), flush=True)
+while True:
+    time.sleep(0.05)
 """
 
 
-def test_a_second_stop_kills_what_does_not_end_and_an_ignored_one_stays_ignored(tmp_path):
-    train = tmp_path / "stubborn.py"
-    train.write_text(STUBBORN)
+def test_every_stop_goes_on_to_the_runs_and_an_ignored_one_stays_ignored(tmp_path):
+    train = tmp_path / "slow_to_stop.py"
+    train.write_text(SLOW_TO_STOP)
     deaf = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]       # as a shell starts what runs in the background
     process = program(tmp_path, "--lrs", "1e-3", "--no-widen", train=train, before=deaf)
     child = int(wait_for(tmp_path / "started"))
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)     # at once: the same stop
     wait_for(tmp_path / "asked")
-    time.sleep(0.3)
-    assert set((tmp_path / "asked").read_text().split()) == {str(int(signal.SIGTERM))}
     assert process.poll() is None   # it waits for the run's checkpoint
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)     # train.py ends at once at a second one
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+    assert (tmp_path / "asked").read_text() == "15 15\n"
     assert out.count("The same command goes on") == 1
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
