@@ -11,8 +11,8 @@ a piece, such as a word with its leading space: equal pieces are counted and mer
     python data.py tinystories --tokens 40000000  # from the Hugging Face hub, as much as so many tokens need
 
 prepares a corpus under data/. The ids are those of Hugging Face's `tokenizers`, but for pieces of over 1,000
-characters and letters newer than this Python's Unicode. The environment may name mirrors: HF_ENDPOINT for
-the hub, HF_ROWS_ENDPOINT for its server of rows (cosmopedia); HF_TOKEN goes to the hub alone.
+characters and letters newer than this Python's Unicode. HF_ENDPOINT may name a mirror of the hub, and
+HF_ROWS_ENDPOINT one of its server of rows (cosmopedia).
 """
 
 import argparse
@@ -26,14 +26,12 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
 from itertools import chain
-from multiprocessing import parent_process
+from multiprocessing import Pool
 from pathlib import Path
-from threading import Thread
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -64,11 +62,14 @@ spare = map(chr, range(256, 512))
 BYTE_TO_CHAR = [chr(b) if b > 32 and chr(b).isprintable() else next(spare) for b in range(256)]
 CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 
-# How a tokenizer.json says what a piece is: as GPT-2 has it, in older files, and with each digit for itself.
+# What a tokenizer.json may say: pieces as in GPT-2, in older files, or with each digit for itself; anything
+# under the other keys here; nothing under any other key.
 OLD = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 GPT2 = {**OLD, "use_regex": True}
 COSMO2 = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2]}
-PLAIN = {"type", "vocab", "merges", "unk_token", "id", "content", "special", "normalized"}  # its other keys
+ALLOWED = {"pre_tokenizer": [OLD, GPT2, COSMO2], "type": ["BPE"]}
+ANYTHING = ("version model vocab merges unk_token added_tokens id content special normalized decoder "
+            "post_processor").split()
 
 def pieces(text, single_digits=False):
     r"""A list of str: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ of GPT-2.
@@ -84,53 +85,36 @@ def pieces(text, single_digits=False):
         pattern = rf"{digit}|{spaces}(?={digit})|{pattern}"
     return re.findall(pattern, text)
 
-def places(pair, ids):
-    """Where a pair of neighbours stands in a list, from the left. It may be merged there on the way."""
-    i = -1
-    with suppress(ValueError, IndexError):  # its first is nowhere else, or it is the last
-        while True:
-            i = ids.index(pair[0], i + 1)
-            if ids[i + 1] == pair[1]:
-                yield i
-
 class Tokenizer:
     """Byte-level BPE from the content of a tokenizer.json. vocab_size: 1 + the largest id. DataError, which
     names the part, where the `tokenizers` library could give other ids."""
     def __init__(self, spec):
         model, added = spec["model"], spec["added_tokens"]
-        self.spec = spec
-        self.special = {token["content"]: token["id"] for token in added}
-        vocab = dict(model["vocab"]) | self.special
-        self.vocab_size = max(vocab.values()) + 1
-        self.single_digits = spec["pre_tokenizer"] == COSMO2
-        fine = {"type": model.get("type", "BPE") == "BPE",
-                "pre_tokenizer": spec["pre_tokenizer"] in (GPT2, OLD, COSMO2),
-                "normalizer": not spec.get("normalizer"),
-                "added_tokens": EOT in self.special and "" not in self.special,
-                "vocab": self.vocab_size <= 65536}
-        odd = {key for part in [model, *added] for key in part if part[key]} - PLAIN
-        odd.update(key for key in fine if not fine[key])
+        settings = [item for part in [spec, model, *added] for item in part.items() if item[1]]
+        odd = [key for key, value in settings if key not in ANYTHING and value not in ALLOWED.get(key, [])]
         if odd:
-            raise DataError(f"its {', '.join(sorted(odd))} may give other ids here")
+            raise DataError(f"its {', '.join(odd)} may give other ids here")
+        self.spec = spec
+        self.single_digits = spec["pre_tokenizer"] == COSMO2
+        self.special = {token["content"]: token["id"] for token in added if token["content"]}
         self.eot = self.special[EOT]
+        vocab = model["vocab"] | self.special
+        self.vocab_size = max(vocab.values()) + 1
         unknown = vocab.get(model.get("unk_token"))  # None: a byte that is no token is left out
         self.byte_ids = [vocab.get(char, unknown) for char in BYTE_TO_CHAR]
         self.bytes = [b""] * self.vocab_size  # of each id
         for token, i in vocab.items():
             special = token in self.special
             self.bytes[i] = token.encode() if special else bytes(map(CHAR_TO_BYTE.get, token))
-        self.merges = []  # (pair of ids, the id that takes its place), in the order in which they were learnt
-        used = set()
-        for merge in model["merges"]:
-            first, second = merge.split(" ") if isinstance(merge, str) else merge
-            if first + second in used:
-                raise DataError(f"its merges are out of order: {first + second!r} is used before it is made")
-            used |= {first, second}
-            self.merges.append(((vocab[first], vocab[second]), vocab[first + second]))
-        self.ranks = {pair: rank for rank, (pair, _) in enumerate(self.merges)}
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        self.ranks = {(vocab[first], vocab[second]): rank for rank, (first, second) in enumerate(merges)}
+        self.merged_ids = [vocab[first + second] for first, second in merges]  # of each rank
+        made = {token: rank for rank, token in enumerate(self.merged_ids)}
+        if any(made.get(token, -1) >= rank for pair, rank in self.ranks.items() for token in pair):
+            raise DataError("its merges are out of order: one of them comes before what it is made of")
         longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
         self.split = re.compile(f"({'|'.join(longest_first)})").split
-        self.merged = lru_cache(1 << 18)(self.merge)  # bounded: a huge corpus has no end of rare pieces
+        self.encode_piece = lru_cache(1 << 18)(self.merge)  # bounded: a huge corpus has no end of rare pieces
 
     @classmethod
     def load(cls, path):
@@ -139,20 +123,21 @@ class Tokenizer:
         except Exception as e:  # anything may be wrong with a file made elsewhere
             raise DataError(f"{path} is no tokenizer.json that can be used ({e!r}): replace it") from None
 
+    def ranks_of(self, ids):
+        """For each pair of neighbours, how many merges were learnt before theirs."""
+        return [self.ranks.get(pair, len(self.merged_ids)) for pair in zip(ids, ids[1:])]
+
     def merge(self, piece):
         """One piece: its bytes, in which the pair that was learnt first is merged until none is left."""
         ids = [self.byte_ids[byte] for byte in piece.encode() if self.byte_ids[byte] is not None]
-        queue = [self.ranks[pair] for pair in zip(ids, ids[1:]) if pair in self.ranks]
-        heapify(queue)
-        while queue:
-            rank = heappop(queue)
-            if rank not in queue[:1]:  # else it is there twice
-                pair, new = self.merges[rank]
-                for i in places(pair, ids):
-                    ids[i:i + 2] = [new]
-                    around = ids[max(i - 1, 0):i + 2]
-                    for pair in self.ranks.keys() & zip(around, around[1:]):
-                        heappush(queue, self.ranks[pair])
+        ranks = self.ranks_of(ids)
+        while (rank := min(ranks, default=len(self.merged_ids))) < len(self.merged_ids):
+            i = 0
+            while rank in ranks[i:]:
+                i = ranks.index(rank, i)
+                ids[i:i + 2] = [self.merged_ids[rank]]
+                before = max(i - 1, 0)
+                ranks[before:i + 2] = self.ranks_of(ids[before:i + 2])  # of the pairs with its neighbours
         return ids
 
     def encode(self, text):
@@ -161,11 +146,20 @@ class Tokenizer:
             if part in self.special:
                 ids.append(self.special[part])
             else:
-                ids.extend(chain.from_iterable(map(self.merged, pieces(part, self.single_digits))))
+                ids.extend(chain.from_iterable(map(self.encode_piece, pieces(part, self.single_digits))))
         return ids
 
     def decode(self, ids):
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+def places(pair, word):
+    """Where a pair of neighbours stands in a word, from the left. It may be merged there on the way."""
+    i = -1
+    with suppress(ValueError):  # its first is nowhere else
+        while True:
+            i = word.index(pair[0], i + 1)
+            if word[i + 1] == pair[1]:
+                yield i
 
 def train_bpe(piece_counts, vocab_size):
     """Learn merges from {piece: how often}, until there are vocab_size tokens or no pair occurs twice. The
@@ -184,17 +178,16 @@ def train_bpe(piece_counts, vocab_size):
     heapify(queue)
     merges = []
     for new in tqdm(range(len(tokens), vocab_size), "merging", disable=QUIET):
-        # The most frequent pair. An entry whose pair has become rarer since goes back corrected.
+        # The most frequent pair: the first in the queue whose count is still right.
         while queue and -queue[0][0] != counts[queue[0][1]]:
-            pair = heappop(queue)[1]
-            heappush(queue, (-counts[pair], pair))
+            heappop(queue)
         if not queue or queue[0][0] > -2:
             break
         pair = first, second = heappop(queue)[1]
         merges.append(f"{tokens[first]} {tokens[second]}")
         tokens.append(tokens[first] + tokens[second])
         # Merge it where it stands: the pairs with its neighbours go, those of the new token come.
-        came = set()
+        changed = set()
         for holder in set(holders.pop(pair)):
             word = words[holder]
             for i in places(pair, word):
@@ -205,9 +198,9 @@ def train_bpe(piece_counts, vocab_size):
                         counts[gone] -= frequency[holder]
                         counts[come] += frequency[holder]
                         holders[come].append(holder)
-                        came.add(come)
+                        changed |= {gone, come}
         del counts[pair]
-        for pair in came:
+        for pair in changed:
             heappush(queue, (-counts[pair], pair))
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     eot = {"id": 0, "content": EOT, "special": True, **flags}
@@ -220,49 +213,40 @@ HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 ROWS = os.environ.get("HF_ROWS_ENDPOINT", "https://datasets-server.huggingface.co").rstrip("/")
 REVISION = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"  # of TinyStories: a revision never changes
 
-def receive(url, file, n_bytes):
-    """Append what one answer brings of the first n_bytes. ConnectionError: that was not all of it."""
-    request = Request(url, headers={"User-Agent": "nanoLR", "Range": f"bytes={file.tell()}-{n_bytes - 1}"})
-    token = "".join(os.environ.get("HF_TOKEN", "").split())  # an error would show one with a line break
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")  # goes to no other host
-    with urlopen(request, timeout=30) as response:
-        if response.status != 206:  # a server that ignores Range starts from the beginning
-            file.seek(file.truncate(0))
-        while chunk := response.read(min(1 << 18, n_bytes - file.tell())):
-            if b"\0" in chunk or not file.tell() and re.match(rb"\s*<[!?a-zA-Z]", chunk):
-                raise ValueError("it sent a web page or binary data in place of text")
-            file.write(chunk)
-        if response.length and file.tell() < n_bytes:
-            raise ConnectionError(f"{response.length:,} bytes of the answer are missing")
+def receive(url, part, n_bytes):
+    """Append to a file what one answer brings of the first n_bytes. ConnectionError: that was not all."""
+    with open(part, "ab") as raw, tqdm.wrapattr(raw, "write", desc=part.stem, disable=QUIET) as file:
+        headers = {"User-Agent": "nanoLR", "Range": f"bytes={file.tell()}-{n_bytes - 1}"}
+        with urlopen(Request(url, headers=headers), timeout=30) as response:
+            if response.status != 206:  # a server that ignores Range starts from the beginning
+                file.seek(file.truncate(0))
+            while chunk := response.read(min(1 << 18, n_bytes - file.tell())):
+                file.write(chunk)
+            if response.length and file.tell() < n_bytes:
+                raise ConnectionError(f"{response.length:,} bytes of the answer are missing")
 
 def download(url, path, n_bytes=10**15):
-    """Fetch a text file, or its first n_bytes, unless it is there. It arrives in path.part, whose length says
+    """Fetch a file, or its first n_bytes, unless it is there. It arrives in path.part, whose length says
     where to go on: a second later if something came, else in the next run."""
-    if path.exists():
-        return path
     part = path.with_name(path.name + ".part")
-    with open(part, "ab") as raw, tqdm.wrapattr(raw, "write", desc=path.name, disable=QUIET) as file:
-        have = file.tell()
+    while not path.exists():
+        part.touch()
+        have = part.stat().st_size
         try:
-            receive(url, file, n_bytes)
-            wait = 0
+            receive(url, part, n_bytes)
+            part.replace(path)
         except Exception as e:  # anything can go wrong in a network
-            wait = int(file.tell() > have)
+            wait = int(part.stat().st_size > have)
             if getattr(e, "code", 0) == 429:  # too many requests; how long to wait: `60` or `"api";r=0;t=60`
                 said = e.headers.get("Retry-After") or e.headers.get("RateLimit") or ""
                 wait = int(re.search(r"\d*$", said)[0] or 300)
                 e = f"limited, run again in {wait} s"
-            elif 400 <= getattr(e, "code", 0) < 500:  # what is here may be wrong: begin again next time
-                file.truncate(0)
             if not 0 < wait < 300:
                 raise DataError(f"cannot fetch {path.name} from {url} ({e}): run again, put it at {path} by "
                                 "hand, or use --data stdlib, which needs no network") from None
             say(f"{path.name}: {e}; going on in {wait} s", sys.stderr)
-    if wait:
-        time.sleep(wait)
-        return download(url, path, n_bytes)
-    return part.replace(path)
+            time.sleep(wait)
+    return path
 
 def tinystories(folder, megabytes, vocab_size):
     """Short stories in the words of small children (Eldan & Li 2023), as GPT-4 wrote them: 2.2 GB."""
@@ -283,12 +267,8 @@ def cosmopedia(folder, megabytes, vocab_size):
     url = f"{ROWS}/rows?dataset=HuggingFaceTB%2Fsmollm-corpus&config=cosmopedia-v2&split=train&length=100"
     for offset in range(0, 10**9, 100):
         page = download(f"{url}&offset={offset}", folder / f"cosmopedia-v2-rows-{offset}.json")
-        try:
-            rows = [row["row"] or {} for row in json.loads(page.read_bytes())["rows"]]
-            text += EOT.join([*(row.get("text") or "" for row in rows), ""])
-        except Exception as e:
-            page.unlink()
-            raise DataError(f"{ROWS} sent no rows of text ({e!r}): try again, or use --data stdlib") from None
+        rows = json.loads(page.read_bytes())["rows"]
+        text += "".join(row["row"]["text"] + EOT for row in rows)
         if len(rows) < 100 or len(text) > megabytes << 20:
             break
     return documents_in(text), [], tokenizer
@@ -326,14 +306,10 @@ def documents_in(text):
 
 def read(path):
     """The documents of a file. ValueError: it is no text."""
-    with open(path, "rb") as file:
-        content = file.read(1 << 20)
-        if b"\0" in content:  # do not read on: it may be huge
-            raise ValueError("binary")
-        content += file.read()
-    text, n_bytes = codecs.utf_8_decode(content, "strict", False)
-    if n_bytes < len(content):  # it ends inside a character: back to the last whole document
-        text = text.rpartition(EOT)[0] or text
+    content = Path(path).read_bytes()
+    text = codecs.utf_8_decode(content, "strict", False)[0]  # without half a character at its end
+    if "\0" in text:
+        raise ValueError("binary")
     if path.endswith(".jsonl"):
         whole = [line for line in text.lstrip("\ufeff").split("\n") if line.strip().endswith("}")]
         text = EOT.join(json.loads(line).get("text") or "" for line in whole)
@@ -346,7 +322,7 @@ def read_all(files):
     for path in files:
         try:
             documents += read(path)
-        except (OSError, ValueError):
+        except (OSError, ValueError, MemoryError):
             left_out.append(path)
     line = (f"no UTF-8 text: {len(left_out)} files, such as {left_out[:1]} (gunzip a .gz; iconv -f UTF-16 or "
             "-f LATIN1 -t UTF-8 converts others)")
@@ -387,15 +363,10 @@ def encode(batch, tokenizer_path):
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle, and its death for all
-    Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
-
 def parallel(pool, work, documents, title):
     """Iterate over what work gives for each batch of documents, in their order, with a bar."""
-    size = min(len(documents) // (8 * cores()) + 1, 1000)
-    batches = [documents[i:i + size] for i in range(0, len(documents), size)]
-    return tqdm(pool.map(work, batches), title, len(batches), disable=QUIET)
+    batches = [documents[i:i + 50] for i in range(0, len(documents), 50)]
+    return tqdm(pool.imap(work, batches), title, len(batches), disable=QUIET)
 
 def prepare(documents, val, tokenizer, vocab_size, folder, label):
     """Fill a folder with tokenizer.json, train.bin, val.bin and meta.json. val, tokenizer: what comes with a
@@ -405,7 +376,7 @@ def prepare(documents, val, tokenizer, vocab_size, folder, label):
              "val": val or [document for document in documents if document in held_out]}
     if not all(sides.values()):
         raise DataError(f"{label} needs two different documents of UTF-8 text")
-    with ProcessPoolExecutor(min(cores(), 16), initializer=start_worker) as pool:
+    with Pool(min(cores(), 16), signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:  # Ctrl-C ends all
         if tokenizer is None:
             counts = Counter()
             for part in parallel(pool, count, sides["train"], "counting"):
@@ -471,8 +442,6 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
                 documents, val, tokenizer = read_all(files), [], None
             prepare(documents, val, tokenizer, vocab_size, folder, label)
             return Corpus(folder)
-    except (BrokenExecutor, MemoryError):
-        raise DataError("a process that prepared the text was killed, or ran out of memory") from None
     except OSError as e:
         raise DataError(f"cannot use {cache}, which must be a folder to write to: {e}") from None
 
@@ -486,6 +455,8 @@ def write_aside(path, content):
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as e:  # of a full disk the system names no file
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -543,5 +514,5 @@ def main():
     say("Validation, | between tokens: " + "|".join(corpus.tokenizer.decode([i]) for i in corpus.val[:150]))
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a traceback; the workers follow
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()

@@ -134,16 +134,16 @@ def test_training_gives_what_the_library_learnt():
 
 @pytest.mark.parametrize("old, new, part", [
     ('"merges": []', '"merges": ["a zzz"]', "zzz"),
-    ('"merges": []', '"merges": ["ab c", "a b"]', "merges.*'ab'"),  # out of the order of their ranks
-    ('"merges": []', '"merges": ["a b", "ab c", "a b"]', "merges.*'ab'"),
+    ('"merges": []', '"merges": ["ab c", "a b"]', "merges are out of order"),
+    ('"merges": []', '"merges": ["a b", "ab c", "a b"]', "merges are out of order"),
     ('"version"', '"normalizer": {"type": "NFC"}, ""', "normalizer"),
     ("{", "[" * 10**5, ""),
-    ('"a": 65', '"a": 70000, "ab": 257, "abc": 258', "vocab"),
     ('"a": 65', '"a": "65"', ""),
     ('prefix_space": false', 'prefix_space": true', "pre_tokenizer"),
     ('"lstrip": false', '"lstrip": true', "lstrip"),
-    ('"id": 0, "content": "<|endoftext|>"', '"id": 0, "content": ""', "added_tokens"),
-    ('"added_tokens"', '"added_tokens": [], ""', "added_tokens"),
+    ('"id": 0, "content": "<|endoftext|>"', '"id": 0, "content": ""', "endoftext"),
+    ('"added_tokens"', '"added_tokens": [], "decoder"', "endoftext"),
+    ('"version"', '"truncation": {"max_length": 8}, "version"', "truncation"),
     ('"BPE"', '"Unigram"', "type"),
     ('"BPE"', '"BPE", "dropout": 1', "dropout")])
 def test_a_tokenizer_that_would_give_other_ids_is_refused_with_the_part_named(old, new, part, tmp_path):
@@ -192,7 +192,7 @@ def test_validation_windows_are_fixed_and_never_overlap():
 class NoPool:
     """The work is done here: small texts cost less than the processes. The tests of programs have a real pool."""
     def __init__(self, *_, **__):
-        self.map = map
+        self.imap = map
     def __enter__(self):
         return self
     def __exit__(self, *_):
@@ -200,7 +200,7 @@ class NoPool:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ProcessPoolExecutor", NoPool)
+    monkeypatch.setattr(data, "Pool", NoPool)
     monkeypatch.setattr(data, "load_tokenizer", data.Tokenizer.load)
     return tmp_path / "cache"
 
@@ -265,11 +265,10 @@ def test_a_single_text_file_is_split_into_documents(separator, tmp_path, cache):
     else:
         assert sorted("".join(train + val).replace(" ", "")) == sorted("".join(path.read_text().split()))
 
-def test_a_text_that_ends_inside_a_character_is_cut_back_to_its_last_whole_document(tmp_path, cache):
+def test_half_a_character_at_the_end_of_a_text_is_cut(tmp_path, cache):
     path = tmp_path / "text.txt"
-    path.write_bytes(EOT.join([*stories(50), "half a story, naï"]).encode()[:-1])
-    corpus = data.load(str(path), 300, cache=cache)
-    assert sorted(documents_of(corpus, "train", "val")) == sorted(stories(50))
+    path.write_bytes(EOT.join([*stories(50), "naï"]).encode()[:-1])
+    assert sorted(documents_of(data.load(str(path), 300, cache=cache), "train", "val")) == sorted([*stories(50), "na"])
 
 def test_lines_of_json_are_read_as_their_texts(tmp_path, cache):
     rows = [json.dumps({"text": f"{story}\u2028 {{é}}", "id": 1}) for story in stories(50)]
@@ -385,15 +384,6 @@ data.load({name!r}, 280, cache={str(cache)!r})""")
     assert killed.returncode == -9
     assert len(documents_of(data.load(name, 280, cache=cache), "train", "val")) == 60
 
-def test_a_killed_worker_is_one_line(tmp_path):
-    name = make_folder(tmp_path / "text", stories(60))
-    process = run_code(f"""import sys
-data.start_worker = functools.partial(os._exit, 9)
-sys.argv = ["data.py", {name!r}, "--cache", {str(tmp_path)!r}]
-data.main()""")
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 2 and re.fullmatch("data.py: .* was killed, or ran out of memory\n", errors)
-
 def test_bad_input_is_one_line(tmp_path):
     copies = make_folder(tmp_path / "copies", ["one", "one"])
     nul = make_folder(tmp_path / "nul", [b"text\0text"])
@@ -456,8 +446,8 @@ def test_without_locks_it_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """A hub that redirects to a storage on another host name, as the real one does. The server's `faults` are
-    used up, one a request to the storage: a status, (status, header), ("cut", bytes), ("send", body), "no range",
-    "endless" or None."""
+    used up, one a request to the storage: a status, (status, header), ("cut", bytes), "no range", "endless"
+    or None."""
 
     def log_message(self, *_):
         pass
@@ -483,8 +473,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         first, last = map(int, re.findall("[0-9]+", self.headers["Range"]))
         if isinstance(kind, int):
             self.reply(kind, place=f"{hub.url}/resolve/{name}", header=value)
-        elif kind == "send":
-            self.reply(200, value)
         elif kind == "no range":
             self.reply(200, body)
         elif kind == "endless":
@@ -510,7 +498,6 @@ def hub(monkeypatch):
     monkeypatch.setattr(data, "ROWS", hub.url)
     hub.slept = []
     monkeypatch.setattr(time, "sleep", hub.slept.append)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("no_proxy", "*")
     yield hub
     hub.shutdown()
@@ -530,9 +517,6 @@ def test_download_takes_what_it_needs_and_once(hub, tmp_path):
     (tmp_path / "mine").write_bytes(b"put there by hand")
     assert fetch(hub, tmp_path / "mine") == b"put there by hand" and len(hub.ranges()) == 3
 
-PAGE = ("send", b"\n<!DOCTYPE html><p>Log in")
-RUBBISH = ("send", random.Random(0).randbytes(5000))
-
 @pytest.mark.parametrize("faults, match", [
     ([("cut", 10), ("cut", 262_144)], ""),
     ([("cut", 5000), 416], "416"),
@@ -541,10 +525,7 @@ RUBBISH = ("send", random.Random(0).randbytes(5000))
     ([(429, ("Retry-After", "7")), ("cut", 77)], ""),
     ([("cut", 12345), 500], "500"),
     ([403], "403"),
-    ([302] * 30, "302"),
-    ([PAGE], "web page"),
-    ([RUBBISH], "binary"),
-    ([("cut", 9), PAGE], "web page")])
+    ([302] * 30, "302")])
 def test_download_survives_or_says_so_in_a_line_and_goes_on_later(faults, match, hub, tmp_path):
     path = tmp_path / "f.txt"
     hub.faults = faults.copy()
@@ -581,13 +562,6 @@ def test_a_server_without_range_is_not_read_to_its_end(hub, tmp_path):
     hub.faults = [("cut", 300), "endless"]
     assert fetch(hub, tmp_path / "f.txt", 1001) == BODY[:1001]
 
-def test_the_token_goes_to_the_hub_alone(hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HF_TOKEN", "hf_\nsecret")
-    fetch(hub, tmp_path / "f.txt")
-    (first, to_hub), (second, to_storage) = hub.requests
-    assert "/resolve/" in first and to_hub["Authorization"] == "Bearer hf_secret"
-    assert "/storage/" in second and "secret" not in f"{to_storage} {capsys.readouterr()}"
-
 def test_endpoints_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.net/")
     for rows, expected in ("", "https://datasets-server.huggingface.co"), ("http://r:1/", "http://r:1"):
@@ -615,18 +589,15 @@ def test_tinystories_end_to_end(hub, cache):
 
 def test_cosmopedia_end_to_end(hub, cache, capsys):
     texts = [" ".join(stories(20, seed=i)) for i in range(250)]
-    rows = [{"row": {"text": text}} for text in [None, *texts, "lone \ud800 surrogate"]] + [{"row": None}]
+    rows = [{"row": {"text": text}} for text in [*texts, "lone \ud800 surrogate"]]
     for offset in 0, 100, 200:
         page = {"rows": rows[offset:offset + 100], "num_rows_total": None}
         hub.files[f"rows-{offset}"] = json.dumps(page).encode()
     published = data.train_bpe(data.count(texts[:50]), 400).spec
     hub.files["tokenizer.json"] = json.dumps(published).encode()
-    hub.faults = [None, ("send", b"{}")]
-    with pytest.raises(data.DataError, match="sent no rows"):
-        data.load("cosmopedia", 49_152, n_tokens=100_000, cache=cache)
-    assert "about 4 requests" in capsys.readouterr().err
     hub.faults = [(429, ("Retry-After", "5")), ("cut", 1000)]
-    corpus = data.load("cosmopedia", 49_152, n_tokens=100_000, cache=cache)  # the bad page was not kept
+    corpus = data.load("cosmopedia", 49_152, n_tokens=100_000, cache=cache)
+    assert "about 4 requests" in capsys.readouterr().err
     check_meta(corpus)
     assert corpus.tokenizer.spec == published
     assert set(documents_of(corpus, "train", "val")) <= set(texts)
