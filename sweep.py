@@ -354,9 +354,9 @@ def start_run(plan, key, slot):
     process.dir, process.began, process.steps = dir, time.monotonic(), plan.asked[key[0]]["steps"]
     return process
 
-def how_it_ended(process):
+def how_it_ended(process, stopped):
     log, code = process.dir / "stderr.log", process.returncode
-    if code > 128:
+    if code > 128 or (code and stopped):
         return "stopped"
     if code < 0:
         name = signal.Signals(-code).name
@@ -396,7 +396,7 @@ def execute(plan, keys):
                 process = plan.running.pop(slot)
                 done += process.steps
                 in_place(plan, "")
-                say(f"{process.dir.name}: {how_it_ended(process)}")
+                say(f"{process.dir.name}: {how_it_ended(process, plan.stopped)}")
             if slot not in plan.running and waiting and not plan.stopped:
                 plan.running[slot] = start_run(plan, waiting.pop(0), slot)
         if time.monotonic() - shown > (1 if plan.terminal else 10):
