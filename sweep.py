@@ -314,12 +314,12 @@ def end_if_stopped(plan):
         raise SystemExit(128 + plan.stopped)
 
 def command(plan, setting, *more):
-    return [sys.executable, str(TRAIN), *plan.flags, *[f"--{text}" for text in setting], *more]
+    return [sys.executable, str(TRAIN), *plan.flags, *(f"--{text}" for text in setting), *more]
 
 def run_command(plan, key):
     setting, lr, seed = key
-    return command(plan, setting, f"--lr={lr}", f"--seed={seed}", f"--out={plan.dir / run_name(key)}",
-                   "--resume", "--no-plot")
+    own = [f"--lr={lr}", f"--seed={seed}", f"--out={plan.dir / run_name(key)}", "--resume", "--no-plot"]
+    return command(plan, setting, *own)
 
 def ask_train(plan, setting, flag):
     """What train.py prints, JSON. If something is wrong, it has said so itself."""
@@ -351,19 +351,19 @@ def start_run(plan, key, slot):
     with open(dir / "stderr.log", "wb") as log:
         process = subprocess.Popen(run_command(plan, key), env=env, stdout=subprocess.DEVNULL, stderr=log,
                                    **CHILD)
-    process.dir, process.began, process.steps = dir, time.monotonic(), plan.steps[key[0]]
+    process.dir, process.began, process.steps = dir, time.monotonic(), plan.asked[key[0]]["steps"]
     return process
 
-def how_it_ended(process):
+def how_it_ended(process, stopped):
     log, code = process.dir / "stderr.log", process.returncode
-    if code < 0:
-        return (f"KILLED by {signal.Signals(-code).name}, from outside this program (out of memory? a time "
-                f"limit?). Its log is {log}; the same command goes on with it")
-    if code > 128:
+    if code > 128 or (code and stopped):
         return "stopped"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"KILLED by {name}, from outside (out of memory? a time limit?). Its log is {log}"
     if code:
-        lines = log.read_text(errors="replace").splitlines()
-        return "\n".join([f"FAILED, the others go on. The end of {log}:", *lines[-6:]])
+        end = log.read_text(errors="replace").splitlines()[-6:]
+        return "\n".join([f"FAILED, the others go on. The end of {log}:", *end])
     summary = plot.read_json(process.dir / "summary.json") or {}
     loss = summary.get("final_val_loss") or nan     # null: it was not finite
     return f"{summary.get('status')}, validation loss {loss:.4g}, {time.monotonic() - process.began:.0f} s"
@@ -388,7 +388,7 @@ def progress(plan, done, total, seconds):
 def execute(plan, keys):
     """One round: runs, plan.jobs at a time, with one bar for all of them."""
     waiting, done = list(keys), 0
-    total = sum(plan.steps[setting] for setting, _, _ in keys)
+    total = sum(plan.asked[setting]["steps"] for setting, _, _ in keys)
     began = shown = time.monotonic()
     while plan.running or (waiting and not plan.stopped):
         for slot in range(plan.jobs):
@@ -396,7 +396,7 @@ def execute(plan, keys):
                 process = plan.running.pop(slot)
                 done += process.steps
                 in_place(plan, "")
-                say(f"{process.dir.name}: {how_it_ended(process)}")
+                say(f"{process.dir.name}: {how_it_ended(process, plan.stopped)}")
             if slot not in plan.running and waiting and not plan.stopped:
                 plan.running[slot] = start_run(plan, waiting.pop(0), slot)
         if time.monotonic() - shown > (1 if plan.terminal else 10):
@@ -408,51 +408,56 @@ def execute(plan, keys):
         time.sleep(0.05)
     end_if_stopped(plan)
 
-def losses_in_folder(plan, keys, asked, made):
+def losses_in_folder(plan, keys):
     """{key: loss}, None where it has to be run. Every run there must be what train.py would make now."""
-    names = {run_name(key): key for key in keys}
     losses = dict.fromkeys(keys)
+    names = {run_name(key): key for key in keys}
     for run in read_runs(plan.dir) if plan.dir.is_dir() else []:
         args = {}
         if run["name"] in names:
-            setting, lr, seed = names[run["name"]]
-            args = dict(asked[setting]["args"], lr=lr, seed=seed)
-            losses[setting, lr, seed] = run["loss"]
-        refuse_mixture(run, dict(made, args=args), plan.mix_code)
+            setting, lr, seed = key = names[run["name"]]
+            args = plan.asked[setting]["args"] | dict(lr=lr, seed=seed)
+            losses[key] = run["loss"]
+        refuse_mixture(run, plan.made | dict(args=args), plan.mix_code)
     return losses
+
+def ask_settings(plan):
+    """Sets what train.py says: asked, {setting: its args and steps}; made, the data and code of all."""
+    first, *others = plan.settings
+    ask = "--dry-run" if plan.dry_run or others else "--prepare"
+    plan.asked = {setting: ask_train(plan, setting, ask) for setting in plan.settings}
+    plan.made = plan.asked[first]
+    if others:      # all read the corpus that the largest budget needs
+        tokens = max(answer["tokens"] for answer in plan.asked.values())
+        plan.flags += ["--data-tokens", str(tokens)]
+        if not plan.dry_run:
+            plan.made = ask_train(plan, first, "--prepare")
+    own = plan.made["args"]["lr"]
+    plan.lrs = plan.lrs or [float(f"{own * times:.3g}") for times in (0.1, 0.3, 1, 3, 10)]
+
+def print_round(plan):
+    """The next round's commands; a round before it whose runs are all over is passed by."""
+    results, new, ended = {}, [], None
+    while None not in results.values() and not ended:
+        new, ended = next_runs(results, plan)
+        results |= losses_in_folder(plan, new)
+    for key in new:
+        if results[key] is None:
+            say(f"cd {shlex.quote(os.getcwd())} && {shlex.join(run_command(plan, key))}")
+    return 0
 
 def run_sweep(plan):
     """Round after round; a restart replays them, and finished runs answer at once. Then the report."""
-    first, *others = plan.settings
-    ask = "--dry-run"
-    if not plan.dry_run:
-        say("checking the flags and preparing the data ...")
-        ask = "--dry-run" if others else "--prepare"
-    asked = {setting: ask_train(plan, setting, ask) for setting in plan.settings}
-    made = asked[first]
-    if others:      # all read the corpus that the largest budget needs
-        plan.flags += ["--data-tokens", str(max(answer["tokens"] for answer in asked.values()))]
-        if not plan.dry_run:
-            made = ask_train(plan, first, "--prepare")
-    plan.steps = {setting: answer["steps"] for setting, answer in asked.items()}
-    around = [float(f"{made['args']['lr'] * times:.3g}") for times in (0.1, 0.3, 1, 3, 10)]
-    plan.lrs = plan.lrs or around
-    if not plan.dry_run:
-        owner = lock(plan.dir)
-        say(f"runs go to {plan.dir}, {plan.jobs} at a time")
+    say("checking the flags and preparing the data ...")
+    ask_settings(plan)
+    owner = lock(plan.dir)
+    say(f"runs go to {plan.dir}, {plan.jobs} at a time")
     results, ended = {}, None
     while not ended:
         new, ended = next_runs(results, plan)
-        losses = losses_in_folder(plan, new, asked, made)
-        todo = [key for key in new if losses[key] is None]
-        if plan.dry_run and (todo or ended):
-            for key in todo:
-                say(f"cd {shlex.quote(os.getcwd())} && {shlex.join(run_command(plan, key))}")
-            return 0
-        if todo:
-            execute(plan, todo)
-            losses = losses_in_folder(plan, new, asked, made)
-        results |= losses
+        losses = losses_in_folder(plan, new)
+        execute(plan, [key for key in new if losses[key] is None])
+        results |= losses_in_folder(plan, new)
     text = report(plan.dir, plan, f"The search ended because {ended}.").split("## ")[0].replace("**", "")
     say(f"\n{text}Table, analysis and pictures: {plan.dir}")
     owner.close()
@@ -463,13 +468,14 @@ def run_sweep(plan):
 def analyse(runs, ended=""):
     """All that the runs show. Sets each run's setting, those of its args in which the runs differ, and its
     steps to the training loss that the worst surviving run ends with."""
-    flags = [flag for flag in runs[0]["args"] if flag not in (*FREE, "lr", "seed")]
-    varied = [flag for flag in flags if len({str(run["args"].get(flag)) for run in runs}) > 1]
+    varied = [flag for flag in runs[0]["args"] if flag not in (*FREE, "lr", "seed")
+              and len({str(run["args"].get(flag)) for run in runs}) > 1]
     ends = [run["train"]["train_loss"][-1] for run in runs if run["loss"] not in (None, inf)]
     target = max(ends, default=-inf)
     for run in runs:
-        if varied:
-            run["setting"] = " ".join(f"{flag.replace('_', '-')}={run['args'].get(flag)}" for flag in varied)
+        if varied:      # else it may be known from curves.csv
+            values = [f"{flag.replace('_', '-')}={run['args'].get(flag)}" for flag in varied]
+            run["setting"] = " ".join(values)
         reached = run["train"]["step"][run["train"]["train_loss"] <= target]
         run["steps_to_loss"] = min(reached, default=None)
     tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in runs})
@@ -478,8 +484,8 @@ def analyse(runs, ended=""):
     use = None
     if winner is not None and not runs[0]["args"].get("full_batch"):
         [s] = [s for s in settings if s["label"] == winner]
-        use = dict(setting=winner, lr=s["best_lr"], loss=s["best_loss"], low=s["low"], high=s["high"],
-                   seeds=s["seeds"])
+        use = dict(setting=winner, lr=s["best_lr"], loss=s["best_loss"])
+        use |= dict(low=s["low"], high=s["high"], seeds=s["seeds"])
     minutes = sum(run["summary"].get("seconds") or 0 for run in runs) / 60
     insights = dict(use=use, ended=ended, runs=len(runs), minutes=minutes, target_loss=target,
                     comparisons=comparisons, settings=settings)
@@ -502,8 +508,9 @@ def analyse_setting(label, table, runs):
         s["rates"].append(row | analyse_rate([run for run in own if run["loss"] is not None]))
     s["edge"] = {}
     for status in ("unstable", "diverged"):     # the first such rate above the best
-        found = [row["lr"] for row in s["rates"] if best and row["lr"] > best and row["status"] == status]
-        s["edge"][status] = dict(lr=found[0]) if found else None
+        rates = [row["lr"] for row in s["rates"] if row["status"] == status]
+        above = [lr for lr in rates if best and lr > best]
+        s["edge"][status] = dict(lr=above[0]) if above else None
     return s
 
 def analyse_rate(runs):
@@ -636,9 +643,9 @@ def report(dir, plan, ended=""):
     for run in runs:
         refuse_mixture(run, dict(runs[0]["config"], args={}), plan.mix_code)
     insights = analyse(runs, ended)
-    over = [run["name"] for run in runs if run["loss"] is not None]
-    left_out = sorted(path.name for path in dir.iterdir() if path.is_dir() and path.name not in over)
-    text = write_up(insights, left_out, plan.mix_code)
+    folders = {path.name for path in dir.iterdir() if path.is_dir()}
+    over = {run["name"] for run in runs if run["loss"] is not None}
+    text = write_up(insights, sorted(folders - over), plan.mix_code)
     write_csv(dir / "summary_table.csv", COLUMNS, [run["summary"] | run for run in runs])
     write_csv(dir / "curves.csv", CURVE, [row for run in runs for row in curve(run)])
     write_aside(dir / "lr_sweep_analysis.md", text.encode())
@@ -659,10 +666,12 @@ def parse_vary(texts):
         flags = names.replace("_", "-").split(",")
         if {"lr", "seed", "out", "preset", "data", "data-tokens", "vocab-size"}.intersection(flags):
             die(f"--vary {text}: rates have --lrs, seeds --seeds; losses compare within one tokenizer only")
-        parts = [value.split(":", len(flags) - 1) for value in values.split(",")]
-        if any(len(part) != len(flags) or "" in flags + part for part in parts):
-            die(f"--vary {text}: write FLAG=V1,V2 or FLAG1,FLAG2=A:B,C:D")
-        axes.append([tuple(map("=".join, zip(flags, part))) for part in parts])
+        axes.append([])
+        for value in values.split(","):
+            parts = value.split(":", len(flags) - 1)
+            if len(parts) != len(flags) or "" in flags + parts:
+                die(f"--vary {text}: write FLAG=V1,V2 or FLAG1,FLAG2=A:B,C:D")
+            axes[-1].append(tuple(f"{flag}={part}" for flag, part in zip(flags, parts)))
     return [sum(combination, ()) for combination in itertools.product(*axes)]
 
 def parse_flags(argv):
@@ -700,10 +709,13 @@ def make_plan(argv):
     """The flags, checked, and what follows from them: flags and settings of the runs, dir, gpus, jobs."""
     plan, given = parse_flags(argv)
     for word in given:
-        if word.split("=")[0] in ("--lr", "--seed", "--out", "--resume", "--prepare", "--data-tokens"):
-            die(f"{word} is set by the sweep; see --lrs, --seeds and --name in --help")
-    words = [plan.preset, plan.study or "", *(text.split("=")[0] for text in plan.vary), *given]
-    plan.dir = Path("runs") / (plan.name or re.sub(r"[^\w.+]+", "-", " ".join(words))[:150].strip("-"))
+        flag = word.split("=")[0]
+        if flag in ("--lr", "--seed", "--out", "--resume", "--prepare", "--data-tokens"):
+            die(f"{flag} is set by the sweep; see --lrs, --seeds and --name in --help")
+    varied = [text.split("=")[0] for text in plan.vary]
+    words = " ".join([plan.preset, plan.study or "", *varied, *given])
+    name = plan.name or re.sub(r"[^\w.+]+", "-", words)[:150].strip("-")
+    plan.dir = Path("runs") / name
     plan.flags = ["--preset", plan.preset, "--device", plan.device, *given]
     plan.settings = parse_vary(plan.vary)
     plan.lrs = plan.lrs or GRIDS.get(plan.preset, [])
@@ -725,6 +737,9 @@ def main(argv):
             say(report(plan.report, plan))
             return 0
         handle_stops(plan)
+        if plan.dry_run:
+            ask_settings(plan)
+            return print_round(plan)
         return run_sweep(plan)
     except DataError as error:  # another sweep owns the folder
         die(error)

@@ -463,7 +463,8 @@ def test_a_sweep_end_to_end(tmp_path, run, monkeypatch):
         assert (a["lr"], a["seeds"], a["verdict"], a["status"]) == (b["lr"], b["seeds"], b["verdict"], b["status"])
         assert a["val_loss"] == b["val_loss"] or a["val_loss"] == pytest.approx(b["val_loss"], abs=0.05)
     assert {path.name for path in only.glob("*.png")} == {
-        "lr_sweep_comparison.png", "lr_vs_final_loss.png", "detailed_comparison.png", "summary_table.png"}
+        "lr_sweep_comparison.png", "lr_vs_final_loss.png", "detailed_comparison.png", "lr_schedules.png",
+        "summary_table.png"}
     assert (only / "curves.csv").read_text() == (dir / "curves.csv").read_text()
     before = (dir / "summary_table.csv").read_bytes()
     monkeypatch.setattr(plot, "draw_sweep", lambda *args: [])
