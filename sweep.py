@@ -161,7 +161,9 @@ def compare_settings(tables):
     comparisons = []
     for label in [label for label in rows if label != winner]:
         d = paired(rows[label], rows[winner])
-        half = half_width(d, *pooled, comb(len(rows), 2))   # the winner came out of all pairs
+        half = inf      # one pair shows nothing
+        if len(d) > 1:
+            half = half_width(d, *pooled, comb(len(rows), 2))   # the winner came out of all pairs
         low, high = mean(d) - half, mean(d) + half
         verdict = "not shown"
         if low > 0:
@@ -442,8 +444,11 @@ def print_round(plan):
         new, ended = next_runs(results, plan)
         results |= losses_in_folder(plan, new)
     for key in new:
+        line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(run_command(plan, key))}"
+        if "\n" in line:    # what follows it would be run as a command of its own
+            die(f"{line!r:.200}: a command with a line break is refused")
         if results[key] is None:
-            say(f"cd {shlex.quote(os.getcwd())} && {shlex.join(run_command(plan, key))}")
+            say(line)
     return 0
 
 def run_sweep(plan):
@@ -582,7 +587,7 @@ def rates_table(rates):
     for row in rates:
         known = {name: nan if value is None else value for name, value in row.items()}
         line = ROW.format(n=len(row["seeds"]), **known)
-        lines.append(line.replace(" ± nan", "").replace("nan", ""))
+        lines.append(line.replace(" ± nan", "").replace("nan", "").replace("| 0.0000 | best", "|  | best"))
     return "\n".join(lines)
 
 def write_up(insights, left_out=(), mix_code=False):

@@ -173,3 +173,11 @@ def test_a_locale_without_unicode():
 def test_seeds_up_to_the_largest_with_dropout():
     flags = [*TINY, "--out", "seeds", "--seed", str(2**63 - 1), "--dropout", "0.1"]
     assert train.main(flags) == 0
+
+
+def test_a_command_that_would_take_two_lines_is_refused(capsys):
+    os.makedirs("two\nlines", exist_ok=True)
+    Path("two\nlines/text.txt").write_text(Path("text.txt").read_text())
+    with pytest.raises(SystemExit) as e:
+        sweep.main(["--dry-run", "--data", "two\nlines", "--lrs", "1e-3", "--no-widen"])
+    assert e.value.code == 2 and "line break" in capsys.readouterr().err

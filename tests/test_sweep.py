@@ -242,6 +242,9 @@ def test_two_settings_are_compared_by_the_paired_t_interval(monkeypatch):
     lone = {"a": {1e-3: {0: 3.0}}, "b": {1e-3: {0: 4.0}}}
     [c] = sweep.compare_settings(lone)[1]
     assert c["verdict"] == "not shown" and c["low"] == -math.inf
+    noisy = {"a": {1e-3: a, 2e-3: b}, "b": {1e-3: {0: 4.0}}}    # the noise is known, but one pair shows nothing
+    [c] = sweep.compare_settings(noisy)[1]
+    assert c["verdict"] == "not shown" and c["seeds"] == 1
     monkeypatch.setattr(sweep, "MARGIN", 0.1)
     assert sweep.compare_settings(tables)[1][0]["verdict"] == "same"
 
