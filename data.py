@@ -11,8 +11,7 @@ a piece, such as a word with its leading space: equal pieces are counted and mer
     python data.py tinystories --tokens 40000000  # from the Hugging Face hub, as much as so many tokens need
 
 prepares a corpus under data/. The ids are those of Hugging Face's `tokenizers`, but for pieces of over 1,000
-characters and letters newer than this Python's Unicode. HF_ENDPOINT may name a mirror of the hub, and
-HF_ROWS_ENDPOINT one of its server of rows (cosmopedia).
+characters and letters newer than this Python's Unicode.
 """
 
 import argparse
@@ -207,8 +206,9 @@ def train_bpe(piece_counts, vocab_size):
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
     return Tokenizer(dict(version="1.0", added_tokens=[eot], pre_tokenizer=GPT2, decoder=GPT2, model=model))
 
-# Corpora: (documents, validation documents or [], tokenizer or None), from the network -------------
+# Corpora: their documents, those for validation or [], their tokenizer or None ---------------------
 
+# Where the environment may name mirrors: of the hub, of its server of rows (cosmopedia).
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 ROWS = os.environ.get("HF_ROWS_ENDPOINT", "https://datasets-server.huggingface.co").rstrip("/")
 REVISION = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"  # of TinyStories: a revision never changes
@@ -259,8 +259,8 @@ def cosmopedia(folder, megabytes, vocab_size):
     """Synthetic textbooks and posts (Ben Allal et al. 2024); the published tokenizer, if of that size."""
     text, tokenizer = "", None
     if vocab_size == 49_152:
-        published = f"{HUB}/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json"
-        tokenizer = Tokenizer.load(download(published, folder / "cosmo2-tokenizer.json"))
+        url = f"{HUB}/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json"
+        tokenizer = Tokenizer.load(download(url, folder / "cosmo2-tokenizer.json"))
     say(f"about {3 * megabytes + 1} requests, less what is here; 500 in 5 minutes are allowed", sys.stderr)
     url = f"{ROWS}/rows?dataset=HuggingFaceTB%2Fsmollm-corpus&config=cosmopedia-v2&split=train&length=100"
     for offset in range(0, 10**9, 100):
@@ -272,8 +272,6 @@ def cosmopedia(folder, megabytes, vocab_size):
     return documents_in(text), [], tokenizer
 
 NETWORK = {"tinystories": tinystories, "cosmopedia": cosmopedia}
-
-# ... and from files --------------------------------------------------------------------------------
 
 def files_of(name):
     """The sorted paths of a text file, of the files in a folder, or of the standard library's source. Hidden
@@ -361,7 +359,7 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def parallel(pool, work, documents, title):
-    """Iterate over what work gives for each batch of documents, in their order, with a bar."""
+    """What work gives for each batch of documents, in their order, with a bar."""
     batches = [documents[i:i + 50] for i in range(0, len(documents), 50)]
     return tqdm(pool.imap(work, batches), title, len(batches), disable=QUIET)
 
@@ -398,8 +396,8 @@ def sha256(path):
     return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 class Corpus:
-    """What is in a prepared folder: tokenizer, train and val ((n,) uint16 ids, mapped from the files),
-    token_bytes ((vocab_size,), how many an id stands for, 0 for <|endoftext|>), and meta."""
+    """A prepared folder: tokenizer, train and val ((n,) uint16 ids, mapped from the files), token_bytes
+    ((vocab_size,), how many an id stands for, 0 for <|endoftext|>), and meta."""
     def __init__(self, folder):
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_bytes())
