@@ -11,8 +11,7 @@ a piece, such as a word with its leading space: equal pieces are counted and mer
     python data.py tinystories --tokens 40000000  # from the Hugging Face hub, as much as so many tokens need
 
 prepares a corpus under data/. The ids are those of Hugging Face's `tokenizers`, but for pieces of over 1,000
-characters and letters newer than this Python's Unicode. HF_ENDPOINT may name a mirror of the hub, and
-HF_ROWS_ENDPOINT one of its server of rows (cosmopedia).
+characters and letters newer than this Python's Unicode.
 """
 
 import argparse
@@ -62,12 +61,13 @@ spare = map(chr, range(256, 512))
 BYTE_TO_CHAR = [chr(b) if b > 32 and chr(b).isprintable() else next(spare) for b in range(256)]
 CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 
-# What a tokenizer.json may say: pieces as in GPT-2, in older files, or with each digit for itself; anything
-# under the other keys here; nothing under any other key.
+# What a tokenizer.json may say (under any other key nothing): pieces as in GPT-2, in older
+# files, or with each digit for itself.
 OLD = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 GPT2 = {**OLD, "use_regex": True}
 COSMO2 = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2]}
 ALLOWED = {"pre_tokenizer": [OLD, GPT2, COSMO2], "type": ["BPE"]}
+NOTHING = [None, False, ""]
 ANYTHING = ("version model vocab merges unk_token added_tokens id content special normalized decoder "
             "post_processor").split()
 
@@ -90,8 +90,8 @@ class Tokenizer:
     names the part, where the `tokenizers` library could give other ids."""
     def __init__(self, spec):
         model, added = spec["model"], spec["added_tokens"]
-        settings = [item for part in [spec, model, *added] for item in part.items() if item[1]]
-        odd = [key for key, value in settings if key not in ANYTHING and value not in ALLOWED.get(key, [])]
+        keys = [(part, key) for part in [spec, model, *added] for key in part if key not in ANYTHING]
+        odd = [key for part, key in keys if part[key] not in ALLOWED.get(key, NOTHING)]
         if odd:
             raise DataError(f"its {', '.join(odd)} may give other ids here")
         self.spec = spec
@@ -104,17 +104,16 @@ class Tokenizer:
         self.byte_ids = [vocab.get(char, unknown) for char in BYTE_TO_CHAR]
         self.bytes = [b""] * self.vocab_size  # of each id
         for token, i in vocab.items():
-            special = token in self.special
-            self.bytes[i] = token.encode() if special else bytes(map(CHAR_TO_BYTE.get, token))
+            self.bytes[i] = bytes(CHAR_TO_BYTE[char] for char in token)
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         self.ranks = {(vocab[first], vocab[second]): rank for rank, (first, second) in enumerate(merges)}
         self.merged_ids = [vocab[first + second] for first, second in merges]  # of each rank
-        made = {token: rank for rank, token in enumerate(self.merged_ids)}
+        made = {token: rank for rank, token in enumerate(self.merged_ids)}  # by which merge
         if any(made.get(token, -1) >= rank for pair, rank in self.ranks.items() for token in pair):
             raise DataError("its merges are out of order: one of them comes before what it is made of")
         longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
         self.split = re.compile(f"({'|'.join(longest_first)})").split
-        self.encode_piece = lru_cache(1 << 18)(self.merge)  # bounded: a huge corpus has no end of rare pieces
+        self.encode_piece = lru_cache(1 << 18)(self.merge)  # bounded: there is no end of rare pieces
 
     @classmethod
     def load(cls, path):
@@ -162,8 +161,8 @@ def places(pair, word):
                 yield i
 
 def train_bpe(piece_counts, vocab_size):
-    """Learn merges from {piece: how often}, until there are vocab_size tokens or no pair occurs twice. The
-    most frequent pair goes first; of equals the one with the lower ids, as in the `tokenizers` library."""
+    """Learn merges from {piece: how often}, until there are vocab_size tokens or no pair occurs twice. Of
+    equally frequent pairs the one with the lower ids goes first, as in the `tokenizers` library."""
     tokens = [EOT, *sorted(CHAR_TO_BYTE)]
     byte_ids = [tokens.index(char) for char in BYTE_TO_CHAR]
     words = [[-1, *map(byte_ids.__getitem__, piece.encode()), -1] for piece in piece_counts]  # -1: its ends
@@ -207,8 +206,9 @@ def train_bpe(piece_counts, vocab_size):
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
     return Tokenizer(dict(version="1.0", added_tokens=[eot], pre_tokenizer=GPT2, decoder=GPT2, model=model))
 
-# Corpora from the network: (documents, validation documents, tokenizer) ---------------------------
+# Corpora: their documents, those for validation or [], their tokenizer or None ---------------------
 
+# Where the environment may name mirrors: of the hub, of its server of rows (cosmopedia).
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 ROWS = os.environ.get("HF_ROWS_ENDPOINT", "https://datasets-server.huggingface.co").rstrip("/")
 REVISION = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"  # of TinyStories: a revision never changes
@@ -226,26 +226,24 @@ def receive(url, part, n_bytes):
                 raise ConnectionError(f"{response.length:,} bytes of the answer are missing")
 
 def download(url, path, n_bytes=10**15):
-    """Fetch a file, or its first n_bytes, unless it is there. It arrives in path.part, whose length says
-    where to go on: a second later if something came, else in the next run."""
+    """Fetch a file, or its first n_bytes, unless it is there. After a break the next run goes on."""
     part = path.with_name(path.name + ".part")
-    while not path.exists():
-        part.touch()
-        have = part.stat().st_size
-        try:
-            receive(url, part, n_bytes)
-            part.replace(path)
-        except Exception as e:  # anything can go wrong in a network
-            wait = int(part.stat().st_size > have)
-            if getattr(e, "code", 0) == 429:  # too many requests; how long to wait: `60` or `"api";r=0;t=60`
-                said = e.headers.get("Retry-After") or e.headers.get("RateLimit") or ""
-                wait = int(re.search(r"\d*$", said)[0] or 300)
-                e = f"limited, run again in {wait} s"
-            if not 0 < wait < 300:
-                raise DataError(f"cannot fetch {path.name} from {url} ({e}): run again, put it at {path} by "
-                                "hand, or use --data stdlib, which needs no network") from None
-            say(f"{path.name}: {e}; going on in {wait} s", sys.stderr)
-            time.sleep(wait)
+    with lock(path.parent, wait=True):  # of several processes one fetches it
+        while not path.exists():
+            try:
+                receive(url, part, n_bytes)
+                part.replace(path)
+            except Exception as e:  # anything can go wrong in a network
+                wait = 0
+                if getattr(e, "code", 0) == 429:  # too many requests; it says `60` or `"api";r=0;t=60`
+                    said = e.headers.get("Retry-After") or e.headers.get("RateLimit") or ""
+                    wait = int(re.search(r"\d*$", said)[0] or 300)
+                    e = f"limited, run again in {wait} s"
+                if not 0 < wait < 300:
+                    raise DataError(f"cannot fetch {path.name} from {url} ({e}): run again, put it at {path} "
+                                    "by hand, or use --data stdlib, which needs no network") from None
+                say(f"{path.name}: too many requests; going on in {wait} s", sys.stderr)
+                time.sleep(wait)
     return path
 
 def tinystories(folder, megabytes, vocab_size):
@@ -261,8 +259,8 @@ def cosmopedia(folder, megabytes, vocab_size):
     """Synthetic textbooks and posts (Ben Allal et al. 2024); the published tokenizer, if of that size."""
     text, tokenizer = "", None
     if vocab_size == 49_152:
-        published = f"{HUB}/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json"
-        tokenizer = Tokenizer.load(download(published, folder / "cosmo2-tokenizer.json"))
+        url = f"{HUB}/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json"
+        tokenizer = Tokenizer.load(download(url, folder / "cosmo2-tokenizer.json"))
     say(f"about {3 * megabytes + 1} requests, less what is here; 500 in 5 minutes are allowed", sys.stderr)
     url = f"{ROWS}/rows?dataset=HuggingFaceTB%2Fsmollm-corpus&config=cosmopedia-v2&split=train&length=100"
     for offset in range(0, 10**9, 100):
@@ -274,8 +272,6 @@ def cosmopedia(folder, megabytes, vocab_size):
     return documents_in(text), [], tokenizer
 
 NETWORK = {"tinystories": tinystories, "cosmopedia": cosmopedia}
-
-# Corpora from files -------------------------------------------------------------------------------
 
 def files_of(name):
     """The sorted paths of a text file, of the files in a folder, or of the standard library's source. Hidden
@@ -316,25 +312,24 @@ def read(path):
     return documents_in(text)
 
 def read_all(files):
-    """The documents of all files. A lone one is cut at ends of lines: its validation side is neighbours of
-    training text."""
+    """The documents of all files. A lone one is cut at ends of lines, so that some can be held out."""
     documents, left_out = [], []
     for path in files:
         try:
             documents += read(path)
         except (OSError, ValueError, MemoryError):
             left_out.append(path)
-    line = (f"no UTF-8 text: {len(left_out)} files, such as {left_out[:1]} (gunzip a .gz; iconv -f UTF-16 or "
-            "-f LATIN1 -t UTF-8 converts others)")
-    if left_out and not documents:
-        raise DataError(line)
     if left_out:
-        say(f"left out: {line}", sys.stderr)
+        line = (f"left out: no UTF-8 text: {len(left_out)} files, such as {left_out[:1]} (gunzip a .gz; "
+                "iconv -f UTF-16 or -f LATIN1 -t UTF-8 converts others)")
+        if not documents:
+            raise DataError(line)
+        say(line, sys.stderr)
     if len(documents) == 1:
         size = min(max(len(documents[0]) // 64, 128), 8192)
         cut = re.findall(rf"(?s).{{1,{size}}}(?<=\n)|.{{1,{size}}}", documents[0])
         documents = documents_in(EOT.join(cut))
-    return documents
+    return documents, [], None
 
 # Preparing: documents go to one process a core ----------------------------------------------------
 
@@ -364,13 +359,13 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def parallel(pool, work, documents, title):
-    """Iterate over what work gives for each batch of documents, in their order, with a bar."""
+    """What work gives for each batch of documents, in their order, with a bar."""
     batches = [documents[i:i + 50] for i in range(0, len(documents), 50)]
     return tqdm(pool.imap(work, batches), title, len(batches), disable=QUIET)
 
 def prepare(documents, val, tokenizer, vocab_size, folder, label):
-    """Fill a folder with tokenizer.json, train.bin, val.bin and meta.json. val, tokenizer: what comes with a
-    corpus; where nothing does, some documents are held out and the vocabulary is learnt."""
+    """Fill a folder with tokenizer.json, train.bin, val.bin and meta.json. Where no val or tokenizer came
+    with the corpus, some documents are held out, and the tokenizer is trained."""
     held_out = set(val) or choose_validation(documents)
     sides = {"train": [document for document in documents if document not in held_out],
              "val": val or [document for document in documents if document in held_out]}
@@ -401,8 +396,8 @@ def sha256(path):
     return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 class Corpus:
-    """What is in a prepared folder: tokenizer, train and val ((n,) uint16 ids, mapped from the files),
-    token_bytes ((vocab_size,), how many an id stands for, 0 for <|endoftext|>), and meta."""
+    """A prepared folder: tokenizer, train and val ((n,) uint16 ids, mapped from the files), token_bytes
+    ((vocab_size,), how many an id stands for, 0 for <|endoftext|>), and meta."""
     def __init__(self, folder):
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_bytes())
@@ -425,22 +420,19 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
         # 5 bytes a token; to two digits, so that runs of nearly the same budget share a folder.
         megabytes = int(float(f"{n_tokens * 5 / 2**20 + 1:.1e}"))
         label, content = f"{name}-{megabytes}MB", REVISION
+        read_corpus = partial(NETWORK[name], cache / "downloads", megabytes, vocab_size)
     else:
         files = files_of(name)
         label = re.sub(r"[^\w.-]+", "_", os.path.basename(os.path.abspath(name)))[:40]
         content = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
+        read_corpus = partial(read_all, files)
     source = hashlib.sha256(repr((2, content)).encode()).hexdigest()  # 2: text was prepared otherwise before
     folder = cache / f"{label}-{source[:8]}-{vocab_size}"
     try:
         with lock(folder, wait=True):  # of several processes one prepares it
             with suppress(Exception):  # whatever is missing or damaged, it is made anew
                 return Corpus(folder)
-            if name in NETWORK:
-                with lock(cache / "downloads", wait=True):
-                    documents, val, tokenizer = NETWORK[name](cache / "downloads", megabytes, vocab_size)
-            else:
-                documents, val, tokenizer = read_all(files), [], None
-            prepare(documents, val, tokenizer, vocab_size, folder, label)
+            prepare(*read_corpus(), vocab_size, folder, label)
             return Corpus(folder)
     except OSError as e:
         raise DataError(f"cannot use {cache}, which must be a folder to write to: {e}") from None
@@ -461,8 +453,7 @@ def write_aside(path, content):
         aside.unlink(missing_ok=True)
 
 def lock(folder, wait=False):
-    """Own a folder until the file that this returns is closed, or this process ends, however it ends. Another
-    owner is waited for (wait), or named in a DataError."""
+    """Own a folder until the returned file is closed or this process ends. wait: for another owner to end."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "a+")
     try:

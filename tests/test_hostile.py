@@ -114,6 +114,7 @@ DATA = """
 nowhere                            nowhere
 fifo                               fifo
 latin.txt                          latin.txt
+binary.bin                         binary.bin
 text.txt --cache /proc/data        /proc
 text.txt more                      more
 text.txt --cache text.txt          text.txt
