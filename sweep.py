@@ -693,7 +693,8 @@ def parse_flags(argv):
     add("--study", choices=STUDIES, help="a named experiment, which sets --lrs, --no-widen and more")
     add("--lrs", nargs="+", type=float, metavar="LR",
         help="learning rates to start from (default for tiny: {tiny}; for moe: {moe})".format(**GRIDS))
-    add("--seeds", type=int, default=3, help="runs of each learning rate that matters (default: 3)")
+    add("--seeds", type=int, default=3,
+        help="runs at the best learning rate and at those near it (default: 3); others get one")
     add("--refine", type=int, default=0, help="times to halve the steps around the best one (default: 0)")
     add("--widen", action=argparse.BooleanOptionalAction, default=True,
         help="search beyond and between --lrs (default: yes, but not in a --study)")
