@@ -25,12 +25,14 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
 from itertools import chain
-from multiprocessing import Pool
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -237,7 +239,7 @@ def download(url, path, n_bytes=10**15):
                 wait = 0
                 if getattr(e, "code", 0) == 429:  # too many requests; it says `60` or `"api";r=0;t=60`
                     said = e.headers.get("Retry-After") or e.headers.get("RateLimit") or ""
-                    wait = int(re.search(r"\d*$", said)[0] or 300)
+                    wait = max(1, int(re.search(r"\d*$", said)[0] or 300))
                     e = f"limited, run again in {wait} s"
                 if not 0 < wait < 300:
                     raise DataError(f"cannot fetch {path.name} from {url} ({e}): run again, put it at {path} "
@@ -358,10 +360,15 @@ def encode(batch, tokenizer_path):
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+def start_worker():
+    """Ctrl-C is for the parent to handle; its end, however it comes, is its workers' end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
+
 def parallel(pool, work, documents, title):
     """What work gives for each batch of documents, in their order, with a bar."""
     batches = [documents[i:i + 50] for i in range(0, len(documents), 50)]
-    return tqdm(pool.imap(work, batches), title, len(batches), disable=QUIET)
+    return tqdm(pool.map(work, batches), title, len(batches), disable=QUIET)
 
 def prepare(documents, val, tokenizer, vocab_size, folder, label):
     """Fill a folder with tokenizer.json, train.bin, val.bin and meta.json. Where no val or tokenizer came
@@ -371,7 +378,8 @@ def prepare(documents, val, tokenizer, vocab_size, folder, label):
              "val": val or [document for document in documents if document in held_out]}
     if not all(sides.values()):
         raise DataError(f"{label} needs two different documents of UTF-8 text")
-    with Pool(min(cores(), 16), signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:  # Ctrl-C ends all
+    pool = ProcessPoolExecutor(min(cores(), 16), initializer=start_worker)
+    try:
         if tokenizer is None:
             counts = Counter()
             for part in parallel(pool, count, sides["train"], "counting"):
@@ -388,6 +396,8 @@ def prepare(documents, val, tokenizer, vocab_size, folder, label):
             meta[f"{side}_bytes"] = sum(len(document.encode()) for document in documents)
             meta[f"{side}_tokens"] = len(ids) // 2
             meta[f"{side}_sha256"] = sha256(folder / f"{side}.bin")
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C nobody waits for the rest
     write_aside(folder / "meta.json", json.dumps(meta, indent=1).encode())  # the last: without it, no corpus
 
 # Loading: a prepared corpus, its batches and its validation windows -------------------------------
@@ -434,6 +444,8 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
                 return Corpus(folder)
             prepare(*read_corpus(), vocab_size, folder, label)
             return Corpus(folder)
+    except BrokenExecutor:
+        raise DataError("a process that prepared the text was killed (out of memory?): run again") from None
     except OSError as e:
         raise DataError(f"cannot use {cache}, which must be a folder to write to: {e}") from None
 

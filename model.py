@@ -42,10 +42,11 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.d_model % (2 * self.n_heads):       # 2: rotary positions turn pairs
-            raise ValueError(f"d_model {self.d_model} must be n_heads {self.n_heads} times an even number; "
-                             "change --d-model or --n-heads")
+            raise ValueError(f"d_model {self.d_model} must be n_heads {self.n_heads} times an even number")
         if self.n_experts and not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k {self.top_k} must be from 1 to {self.n_experts} experts; change --top-k")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} must be from 0 to below 1; change --dropout")
 
 # A preset: defaults of the fields above and of train.py's flags; lr is the best found (results/README.md).
 DENSE = dict(vocab_size=10_000, context_length=256, n_layers=4, n_heads=16, d_model=512, d_ff=1344,
@@ -243,8 +244,7 @@ def count_parameters(model):
 
 if __name__ == "__main__":
     for name, preset in PRESETS.items():
-        sizes = {f.name: preset.get(f.name, f.default) for f in fields(ModelConfig)}
-        config = ModelConfig(**sizes)
+        config = ModelConfig(**{f.name: preset.get(f.name, f.default) for f in fields(ModelConfig)})
         with torch.device("meta"):                                          # shapes without numbers
             counts = count_parameters(Transformer(config))
         print(f"{name:<10}", *[f"{n:>12,} {kind}" for kind, n in counts.items()])

@@ -33,7 +33,7 @@ import sys
 import time
 from contextlib import suppress
 from functools import cache
-from math import ceil, comb, inf, isfinite, log, nan, pi, sqrt, tan
+from math import comb, inf, isfinite, log, nan, pi, sqrt, tan
 from pathlib import Path
 
 import numpy as np
@@ -159,8 +159,10 @@ def compare_settings(tables):
     if rows and not pooled[1]:      # one rate each: the noise is what remains between the settings
         pooled = noise(rows, winner)
     comparisons = []
-    for label in [label for label in rows if label != winner]:
+    for label in rows:
         d = paired(rows[label], rows[winner])
+        if label == winner or not d:    # without a seed in common there is nothing to compare
+            continue
         half = inf      # one pair shows nothing
         if len(d) > 1:
             half = half_width(d, *pooled, comb(len(rows), 2))   # the winner came out of all pairs
@@ -316,7 +318,8 @@ def end_if_stopped(plan):
         raise SystemExit(128 + plan.stopped)
 
 def command(plan, setting, *more):
-    return [sys.executable, str(TRAIN), *plan.flags, *(f"--{text}" for text in setting), *more]
+    varied = [re.sub("^(.*)=off$", r"no-\1", text.removesuffix("=on")) for text in setting]    # switches
+    return [sys.executable, str(TRAIN), *plan.flags, *(f"--{text}" for text in varied), *more]
 
 def run_command(plan, key):
     setting, lr, seed = key
@@ -329,6 +332,9 @@ def ask_train(plan, setting, flag):
     answer, _ = plan.running[0].communicate()
     process = plan.running.pop(0)
     end_if_stopped(plan)
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        die(f"train.py {flag} was killed by {name}, from outside (out of memory?)")
     if process.returncode:
         raise SystemExit(2)
     return json.loads(answer.splitlines()[-1])
@@ -401,6 +407,8 @@ def execute(plan, keys):
                 say(f"{process.dir.name}: {how_it_ended(process, plan.stopped)}")
             if slot not in plan.running and waiting and not plan.stopped:
                 plan.running[slot] = start_run(plan, waiting.pop(0), slot)
+                if plan.stopped and os.name == "posix":     # it came while this one started
+                    plan.running[slot].send_signal(plan.stopped)
         if time.monotonic() - shown > (1 if plan.terminal else 10):
             shown = time.monotonic()
             line = progress(plan, done, total, shown - began)
@@ -491,8 +499,9 @@ def analyse(runs, ended=""):
         [s] = [s for s in settings if s["label"] == winner]
         use = dict(setting=winner, lr=s["best_lr"], loss=s["best_loss"])
         use |= dict(low=s["low"], high=s["high"], seeds=s["seeds"])
-    minutes = sum(run["summary"].get("seconds") or 0 for run in runs) / 60
-    insights = dict(use=use, ended=ended, runs=len(runs), minutes=minutes, target_loss=target,
+    over = [run for run in runs if run["loss"] is not None]
+    minutes = sum(run["summary"].get("seconds") or 0 for run in over) / 60
+    insights = dict(use=use, ended=ended, runs=len(over), minutes=minutes, target_loss=target,
                     comparisons=comparisons, settings=settings)
     return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
 
@@ -575,7 +584,9 @@ def above_the_best(s):
         text = (f"The first diverged rate is {diverged['lr']:g}, {ratio:.3g} times the best; {below:g}, the "
                 "highest rate below it, survived.")
     else:
-        text = f"No rate above the best diverged, up to {top['lr']:g}, {top['worse_by']:.2f} nats worse."
+        text = f"No rate above the best diverged, up to {top['lr']:g}."
+        if top["worse_by"] is not None:     # they have a seed in common
+            text = text[:-1] + f", {top['worse_by']:.2f} nats worse."
     if unstable:
         text += f" The first unstable rate above the best is {unstable['lr']:g}."
     return text
@@ -598,6 +609,8 @@ def write_up(insights, left_out=(), mix_code=False):
     if not use:
         text.append("No answer: no rate survived, or all fit one batch, whose validation loss says little.")
     took = "{runs} runs took {minutes:.1f} minutes of training, summed over the runs. {ended}"
+    if not insights["minutes"]:     # read from curves.csv
+        took = "{runs} runs. {ended}"
     text.append(took.format(**insights).strip())
     if left_out:
         text.append(f"Left out, as they are not over or cannot be read: {', '.join(left_out)}.")
@@ -651,14 +664,17 @@ def report(dir, plan, ended=""):
     folders = {path.name for path in dir.iterdir() if path.is_dir()}
     over = {run["name"] for run in runs if run["loss"] is not None}
     text = write_up(insights, sorted(folders - over), plan.mix_code)
-    write_csv(dir / "summary_table.csv", COLUMNS, [run["summary"] | run for run in runs])
-    write_csv(dir / "curves.csv", CURVE, [row for run in runs for row in curve(run)])
+    if runs[0]["config"]:       # else they come from curves.csv, and know less than is written there
+        write_csv(dir / "summary_table.csv", COLUMNS, [run["summary"] | run for run in runs])
+        finished = [run for run in runs if run["loss"] is not None]
+        write_csv(dir / "curves.csv", CURVE, [row for run in finished for row in curve(run)])
     write_aside(dir / "lr_sweep_analysis.md", text.encode())
     write_aside(dir / "insights.json", json.dumps(insights, indent=1).encode())
     for run in runs:
         if not (run["dir"] / "loss_curves.png").exists():
             plot.draw_run(run["dir"])
-    plot.draw_sweep(dir, runs, insights)
+    if insights["settings"]:    # else no run is over
+        plot.draw_sweep(dir, runs, insights)
     return text
 
 # Command line -------------------------------------------------------------------------------------
@@ -687,7 +703,8 @@ def parse_flags(argv):
     add = p.add_argument_group("what to train").add_argument
     add("--preset", default="tiny", help="tiny (the default), dense, dense-low, moe, or your own in model.py")
     add("--vary", action="append", default=[], metavar="FLAG=V1,V2",
-        help="compare values of a train.py flag, each at its own best learning rate; A,B=1:2,3:4 for pairs")
+        help="compare values of a train.py flag (on,off for a switch), each at its own best learning rate; "
+             "A,B=1:2,3:4 for pairs")
     add("--device", default="auto", help="where to train: auto (the default), cuda, mps or cpu")
     add = p.add_argument_group("what to try").add_argument
     add("--study", choices=STUDIES, help="a named experiment, which sets --lrs, --no-widen and more")

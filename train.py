@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -270,7 +271,7 @@ class RunFolder:
         self.saved = None
         self.saver = ThreadPoolExecutor(1)      # writes a checkpoint while the next steps run
         self.saving = self.saver.submit(int)
-        found = {file.name for file in self.path.glob("*")} - {".lock", "stderr.log"}
+        found = {file.name for file in self.path.glob("*") if file.suffix != ".tmp"} - {".lock", "stderr.log"}
         if args.out == "" or args.resume and not args.out:
             fail("--out needs a folder; with --resume, that of the run to go on with")
         if found and not (args.resume and found & {"config.json", "checkpoints"}):
@@ -307,7 +308,7 @@ class RunFolder:
     def finished(self):
         run = plot.read_run(self.path)          # None: config.json is damaged
         rows = self.saved and self.saved["metrics"].encode()
-        over = run and run["status"] in plot.STATUSES
+        over = run and len(run["train"]["step"]) and run["status"] in plot.STATUSES
         return over and rows in (None, (self.path / "metrics.csv").read_bytes())
 
     def open(self, config):
@@ -358,7 +359,10 @@ class RunFolder:
         if self.owner:
             self.saving.result()        # raises what went wrong with the last one
             value.update(config=self.config, metrics=(self.path / "metrics.csv").read_bytes().decode())
-            self.saving = self.saver.submit(write, copy.deepcopy(value))
+            value = copy.deepcopy(value)
+            if torch.cuda.is_initialized():     # the saver's thread has another stream, and would not wait
+                torch.cuda.current_stream().synchronize()
+            self.saving = self.saver.submit(write, value)
 
     def write_json(self, name, value):
         """JSON has no nan: what is not finite becomes null."""
@@ -656,7 +660,7 @@ def main(argv=None):
     except data.DataError as e:
         fail(e)
     except (MemoryError, RuntimeError) as e:    # on a CPU torch raises a RuntimeError
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
+        if isinstance(e, RuntimeError) and not re.search("(out of|allocate|not enough) memory", str(e)):
             raise
         fail("out of memory; lower --batch-size, or raise --grad-accum")
     except OSError as e:        # a full disk, a folder that cannot be written

@@ -193,15 +193,13 @@ def test_validation_windows_are_fixed_and_never_overlap():
 class NoPool:
     """The work is done here: small texts cost less than the processes. The tests of programs have a real pool."""
     def __init__(self, *_, **__):
-        self.imap = map
-    def __enter__(self):
-        return self
-    def __exit__(self, *_):
+        self.map = map
+    def shutdown(self, **_):
         pass
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "Pool", NoPool)
+    monkeypatch.setattr(data, "ProcessPoolExecutor", NoPool)
     monkeypatch.setattr(data, "load_tokenizer", data.Tokenizer.load)
     return tmp_path / "cache"
 

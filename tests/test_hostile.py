@@ -98,6 +98,7 @@ TRAIN = """
 --context-length 100000            context-length
 --top-k 0                          top-k
 --d-model 17                       d_model
+--dropout 1.5                      dropout
 """
 
 

@@ -10,7 +10,7 @@ import sweep
 STUDIES = Path(__file__).resolve().parent.parent / "results/studies"
 
 
-@pytest.mark.parametrize("study", ["tiny-edge-rates", "tiny-batch"])
+@pytest.mark.parametrize("study", ["tiny-edge-rates", "dense-batch-edge"])
 def test_a_studys_table_is_made_again_from_its_curves(study, tmp_path, capsys):
     shutil.copy(STUDIES / study / "curves.csv", tmp_path)
     assert sweep.main(["--report", str(tmp_path)]) == 0

@@ -810,3 +810,18 @@ def test_with_the_real_training_program(tmp_path, run, monkeypatch):
     done = run(*flags)
     assert done.status == 0, done.out + done.err
     assert [row["steps"] for row in rows(tmp_path / "runs/real")] == ["8", "8"]
+
+
+def test_rates_and_settings_without_a_seed_in_common_are_not_compared():
+    table = {1e-3: {0: 2.0}, 3e-3: {1: 2.5}}
+    assert sweep.compare_settings({"a": {1e-3: {0: 2.0}}, "b": {1e-3: {1: 2.1}}}) == ("a", [])
+    s = dict(best_lr=1e-3, edge=dict(unstable=None, diverged=None),
+             rates=[dict(lr=1e-3, worse_by=0.0), dict(lr=3e-3, worse_by=None)])
+    assert sweep.above_the_best(s) == "No rate above the best diverged, up to 0.003."
+    assert sweep.compare_rates(table, 1e-3)[3e-3]["verdict"] != "worse"
+
+
+def test_a_switch_is_varied_by_on_and_off():
+    plan = sweep.make_plan(["--vary", "tied=on,off"])
+    commands = [sweep.command(plan, setting) for setting in plan.settings]
+    assert [words[-1] for words in commands] == ["--tied", "--no-tied"]

@@ -664,3 +664,15 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
         train.parse_args(["--preset", "moe", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0 and "optimizer steps (default: 100)" in text and "(default: 49152)" in text
+
+
+def test_a_folder_that_lost_its_rows_gets_them_from_the_checkpoint():
+    whole = run("rows")[2]
+    Path("rows/metrics.csv").unlink()
+    assert run("rows", "--resume")[2] == whole
+
+
+def test_what_a_killed_first_write_leaves_is_nobodys_file():
+    os.makedirs("begun")
+    Path("begun/config.json.123.tmp").write_text("{")
+    assert run("begun", "--resume")[1]["steps"] == 20
