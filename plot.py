@@ -191,7 +191,7 @@ def panels(title, columns, x, across=1, height=4.2, rates=()):
     return fig, fig.axes
 
 def save(pictures, dir):
-    """{name: figure} -> the paths written; one that cannot be written is named, and is left to the next time."""
+    """{name: figure} -> the paths written; one that cannot be written is named and left to the next time."""
     paths = []
     for name, fig in pictures.items():
         lines = {label: line for ax in fig.axes for line, label in zip(*ax.get_legend_handles_labels())}

@@ -90,7 +90,7 @@ FLAGS = {   # group: {flag: (how to read it, default unless the preset has one, 
     "model": {},    # the fields of ModelConfig, below
     "hardware": {
         "device": (TEXT, "auto", "cuda, cuda:1, mps or cpu; auto: the first of these that is there"),
-        "dtype": (dict(choices=["auto", "bfloat16", "float32"]), "auto", "auto: bfloat16 if the hardware has it"),
+        "dtype": (dict(choices=["auto", "bfloat16", "float32"]), "auto", "auto: bfloat16 where it is native"),
         "compile": (ON_OFF, None, "use torch.compile (default: on CUDA, and on a CPU for long runs)")},
     "what is written down": {
         "out": (TEXT, None, "folder of the run (default: a new one in runs/single)"),
@@ -98,7 +98,7 @@ FLAGS = {   # group: {flag: (how to read it, default unless the preset has one, 
         "log-interval": (AUTO, 0, "steps from one log line to the next; 0: a hundredth of the run"),
         "eval-interval": (AUTO, 0, "steps from one evaluation to the next; 0: a tenth of the run"),
         "eval-tokens": (COUNT, None, "tokens of an evaluation, always the same ones"),
-        "checkpoint-interval": (AUTO, 0, "steps from one checkpoint to the next; 0: at evaluations, from 10 s on"),
+        "checkpoint-interval": (AUTO, 0, "steps between checkpoints; 0: at evaluations, from 10 s on"),
         "sharpness": (AUTO, 0, "steps between measurements of the Hessian's top eigenvalue; 0: none"),
         "sample": (AUTO, 64, "tokens of text to generate at the end"),
         "no-plot": (SWITCH, False, "draw no pictures"),
