@@ -7,7 +7,6 @@
 It is the modern plain decoder: RMSNorm before each part (Zhang & Sennrich 2019), rotary positions (Su et al.
 2021), no biases, and as feed-forward either SwiGLU (Shazeer 2020), or n_experts small networks of which a
 router picks top_k for each token (Shazeer et al. 2017), with the balance loss of Fedus et al. 2021.
-
 Weights are float32 and are cast to `model.dtype` when they are used. Matrices side by side, like Q, K and V
 or the experts, are one stacked tensor (n, rows, cols). The experts' tokens are sorted, not masked: each
 expert multiplies one contiguous slice, and no token is dropped.
@@ -244,7 +243,8 @@ def count_parameters(model):
 
 if __name__ == "__main__":
     for name, preset in PRESETS.items():
-        config = ModelConfig(**{f.name: preset.get(f.name, f.default) for f in fields(ModelConfig)})
+        sizes = {f.name: preset.get(f.name, f.default) for f in fields(ModelConfig)}
+        config = ModelConfig(**sizes)
         with torch.device("meta"):                                          # shapes without numbers
             counts = count_parameters(Transformer(config))
         print(f"{name:<10}", *[f"{n:>12,} {kind}" for kind, n in counts.items()])

@@ -341,7 +341,8 @@ def draw_losses(insights, title, rates):
     draw_rates(ax, settings, "val_loss")
     for s, (colour, _) in zip(settings, LOOKS):
         for row in s["rates"]:
-            ax.plot([row["lr"]] * len(row["runs"]), [loss for _, loss, _ in row["runs"]], ".", color=colour)
+            losses = [loss for _, loss, *_ in row["runs"]]
+            ax.plot([row["lr"]] * len(losses), losses, ".", color=colour)
     low, high = ax.dataLim.intervaly
     if low < high:      # from just below the best to about a nat above it
         ax.set_ylim(low - 0.12 * min(1, high - low), low + 1.06 * min(1, high - low))

@@ -531,7 +531,8 @@ def analyse_rate(runs):
     """The runs of a rate: the worst of their fates, and means of those that did not diverge."""
     alive = [run for run in runs if run["loss"] < inf]
     row = dict(seeds=[run["seed"] for run in runs], diverged=len(runs) - len(alive),
-               runs=[[run["seed"], run["loss"], run["status"]] for run in runs],
+               runs=[[run["seed"], run["loss"], run["status"], run["summary"].get("seconds")]
+                     for run in runs],
                status=max((run["status"] for run in runs), key=plot.STATUSES.index),
                val_loss=mean(run["loss"] for run in alive),
                steps_to_loss=mean(run["steps_to_loss"] for run in alive))

@@ -279,6 +279,7 @@ class RunFolder:
         if args.resume:
             self.config = plot.read_json(self.path / "config.json") or {}
             self.read_checkpoint(self.path / "checkpoints/last.pt", device)
+            self.refuse_change("args", vars(args))
 
     def read_checkpoint(self, path, device):
         """A checkpoint mends whatever else is damaged in the folder; without one a run begins anew."""
@@ -407,6 +408,8 @@ def build(args, config, device, dtype, saved):
     """Model, optimizers and schedule, fresh or as saved, and the step: compiled, where it pays a graph."""
     keep_freed_memory()
     torch.set_flush_denormal(True)      # a CPU is several times slower with numbers below 1e-38
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")      # TF32
     torch.manual_seed(args.seed)        # weights are drawn on the CPU: alike on every device
     model = Transformer(config, dtype).to(device)
     optimizers = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, (args.beta1, args.beta2),
@@ -516,15 +519,13 @@ def run(args, config):
     dtype = pick_dtype(args.dtype, device)
     check_size(args, config, device, world)
     tokens_per_step = args.batch_size * config.context_length
-    n_tokens = tokens_per_step * args.max_steps
-    settings = dict(args=vars(args), tokens=n_tokens, steps=args.max_steps)
+    settings = dict(args=vars(args), tokens=tokens_per_step * args.max_steps, steps=args.max_steps)
     if args.dry_run:
         say(json.dumps(settings))
         return 0
 
     # The folder and the text. Of several processes one prepares the text, and the others wait for it.
     folder = RunFolder(args, rank == 0, device)
-    folder.refuse_change("args", vars(args))
     corpus, get_batch, windows = open_text(args, config)
     folder.refuse_change("data", corpus.meta)
     settings.update(data=corpus.meta, **provenance(device))
@@ -538,7 +539,6 @@ def run(args, config):
     # The model, and the state between steps: fresh, or the checkpoint's.
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         dist.barrier()                                  # all have read the folder before one writes
@@ -554,8 +554,8 @@ def run(args, config):
                      devices=world, compile=backend))
     folder.say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters, "
                f"{counts['used per token']:,} a token; {args.max_steps} steps of {tokens_per_step:,} tokens, "
-               f"{n_tokens / len(corpus.train):.2g} times the text; {args.optimizer} at {args.lr:g} on "
-               f"{device}, {dtype}, compiled: {backend} -> {folder.path}")
+               f"{settings['tokens'] / len(corpus.train):.2g} x the text; {args.optimizer} at {args.lr:g} "
+               f"on {device}, {dtype}, compiled: {backend} -> {folder.path}")
 
     def log(line, **cells):
         folder.log(f"step {step}/{args.max_steps} | {line}", step=step, tokens=step * tokens_per_step,
