@@ -243,6 +243,11 @@ def check_size(args, config, device, world):
     if gib > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30:
         fail(f"needs over {gib:,.0f} GiB of memory, more than there is; lower --batch-size or a model size")
 
+def out_of_memory(error):
+    """torch's is a RuntimeError, on a CPU of no kind of its own."""
+    says_so = re.search("(out of|allocate|not enough) memory", str(error))
+    return isinstance(error, MemoryError) or says_so is not None
+
 # The folder of a run ------------------------------------------------------------------------------
 
 def provenance(device):
@@ -291,9 +296,9 @@ class RunFolder:
                 raise ValueError("a checksum")
             self.saved = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
             self.config = self.saved["config"]
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:               # torch, pickle and zipfile raise a dozen kinds for a damaged file
+        except Exception as e:          # torch, pickle and zipfile raise a dozen kinds for a damaged file
+            if out_of_memory(e):
+                raise
             fail(f"{path} is damaged (best.pt beside it may not be): choose another --out, or delete last.pt "
                  "to begin again")
 
@@ -660,7 +665,7 @@ def main(argv=None):
     except data.DataError as e:
         fail(e)
     except (MemoryError, RuntimeError) as e:    # on a CPU torch raises a RuntimeError
-        if isinstance(e, RuntimeError) and not re.search("(out of|allocate|not enough) memory", str(e)):
+        if not out_of_memory(e):
             raise
         fail("out of memory; lower --batch-size, or raise --grad-accum")
     except OSError as e:        # a full disk, a folder that cannot be written

@@ -8,8 +8,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")          # for small tensors threads only wait for each other
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the programs are flat files beside this folder
 
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-    if signal.getsignal(number) == signal.SIG_IGN:     # a shell's background: the programs would honour it, too
+for number in signal.Signals:
+    stop = number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if stop and signal.getsignal(number) == signal.SIG_IGN:     # a shell's background: the programs would honour it, too
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 

@@ -2,7 +2,6 @@
 import csv
 import importlib
 import json
-import os
 import re
 import shutil
 import sys

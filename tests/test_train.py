@@ -676,3 +676,13 @@ def test_what_a_killed_first_write_leaves_is_nobodys_file():
     os.makedirs("begun")
     Path("begun/config.json.123.tmp").write_text("{")
     assert run("begun", "--resume")[1]["steps"] == 20
+
+
+def test_a_checkpoint_that_finds_no_memory_is_not_called_damaged(monkeypatch, capsys):
+    stop_at(8, monkeypatch, "crowded")
+
+    def load(*args, **settings):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(torch, "load", load)
+    [line] = refused(capsys, "--out", "crowded", "--resume")
+    assert "out of memory" in line and "damaged" not in line
