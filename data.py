@@ -16,7 +16,9 @@ characters and letters newer than this Python's Unicode.
 
 import argparse
 import codecs
+import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -44,12 +46,12 @@ QUIET = None if sys.stderr else True  # for tqdm's disable; None: a bar only on 
 class DataError(ValueError):
     """Bad input, in one line: what is wrong, with which value, and what to do."""
 
-def say(line, file=None):
+def say(line, file=None, end="\n"):
     """Print a line, whatever the console: what it cannot show is escaped, one that is gone gets nothing."""
     file = file or sys.stdout
     try:
         encoding = file.encoding or "utf-8"
-        print(str(line).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+        print(str(line).encode(encoding, "backslashreplace").decode(encoding), file=file, end=end, flush=True)
     except Exception:
         with suppress(Exception):  # what is left in its buffer goes nowhere, or Python ends with status 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
@@ -388,7 +390,7 @@ def prepare(documents, val, tokenizer, vocab_size, folder, label):
             if tokenizer.vocab_size < vocab_size:
                 say(f"the text gives {tokenizer.vocab_size:,} of {vocab_size:,} tokens", sys.stderr)
         path = folder / "tokenizer.json"
-        write_aside(path, json.dumps(tokenizer.spec, indent=1).encode())
+        write_json(path, tokenizer.spec)
         meta = {"corpus": label, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": sha256(path)}
         for side, documents in sides.items():
             ids = b"".join(parallel(pool, partial(encode, tokenizer_path=path), documents, side))
@@ -398,7 +400,7 @@ def prepare(documents, val, tokenizer, vocab_size, folder, label):
             meta[f"{side}_sha256"] = sha256(folder / f"{side}.bin")
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C nobody waits for the rest
-    write_aside(folder / "meta.json", json.dumps(meta, indent=1).encode())  # the last: without it, no corpus
+    write_json(folder / "meta.json", meta)  # the last: without it, no corpus
 
 # Loading: a prepared corpus, its batches and its validation windows -------------------------------
 
@@ -463,6 +465,24 @@ def write_aside(path, content):
         raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
+
+def write_json(path, value):
+    """JSON has no nan: what is not finite becomes null."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    write_aside(path, json.dumps(finite, indent=1).encode())
+
+def write_csv(path, columns, rows):
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_aside(path, text.getvalue().encode())
+
+def catch_stops(handler):
+    """For all signals that stop a program, but those that its starter ignored (nohup) -> what was before."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    stops = [number for number in signal.Signals if number.name in names]
+    return {n: signal.signal(n, handler) for n in stops if signal.getsignal(n) != signal.SIG_IGN}
 
 def lock(folder, wait=False):
     """Own a folder until the returned file is closed or this process ends. wait: for another owner to end."""

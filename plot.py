@@ -37,6 +37,8 @@ LN_VOCABULARY = 11  # the loss of a guess among 60,000 tokens: to fall from abov
 STEADY = 0.25       # share of the descent in the last third of the steps; 0.4 for a straight line
 HUGE = 1e9          # stands for a loss that is not finite
 STATUSES = ("converged", "slow", "unstable", "diverged")
+FREE = ("out", "resume", "no_plot", "prepare", "sample", "checkpoint_interval", "device",
+        "data_tokens")      # args that make no other run; if data_tokens changes the text, its hash tells
 
 def finite(losses):
     return np.nan_to_num(np.asarray(losses, float), nan=HUGE, posinf=HUGE)
@@ -116,9 +118,11 @@ def make_run(dir, args, rows, summary, config):
     steps = np.isfinite(metrics["lr"]) & np.isnan(metrics["val_loss"])
     train = {name: column[steps] for name, column in metrics.items()}
     status = str(summary.get("status", "running"))
-    if status in STATUSES:      # the run is over
+    loss = None
+    if status in STATUSES and len(train["step"]):       # the run is over
         status = classify(train["train_loss"])
-    return dict(dir=dir, name=dir.name, setting="", lr=float(args["lr"]), seed=int(args["seed"]),
+        loss = math.inf if status == "diverged" else summary.get("final_val_loss")
+    return dict(dir=dir, name=dir.name, setting="", lr=float(args["lr"]), seed=int(args["seed"]), loss=loss,
                 config=config, args=args, metrics=metrics, train=train, summary=summary, status=status)
 
 def read_run(dir):
@@ -134,9 +138,10 @@ def read_run(dir):
         say(f"left out: {dir} ({error!r})", sys.stderr)
 
 def read_runs(dir):
-    """All runs under dir, or in its curves.csv where there are none, ordered by learning rate and seed."""
+    """All runs under dir that made a step, or those in its curves.csv, ordered by learning rate and seed."""
     dir = Path(dir)
-    runs = [run for run in map(read_run, dir.iterdir()) if run]
+    runs = [read_run(path.parent) for path in dir.glob("*/config.json")]
+    runs = [run for run in runs if run and len(run["train"]["step"])]
     curves = {}
     if not runs:
         for row in read_table(dir / "curves.csv"):

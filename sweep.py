@@ -18,9 +18,7 @@ initial weights and batches, so that differences between rates are paired: the s
 python tests/simulate.py shows how often that is right, on sweeps whose optimum is known.
 """
 import argparse
-import csv
 import ctypes
-import io
 import itertools
 import json
 import os
@@ -31,7 +29,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from functools import cache
 from math import comb, inf, isfinite, log, nan, pi, sqrt, tan
 from pathlib import Path
@@ -40,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 import plot
-from data import DataError, cores, lock, say, write_aside
+from data import DataError, catch_stops, cores, lock, say, write_aside, write_csv, write_json
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
 GRIDS = {   # where the search starts; other presets start from 0.1 to 10 times train.py's own rate
@@ -82,9 +79,6 @@ def mean(values):
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else nan
 
-def deviation(values):
-    return float(np.std(values, ddof=1)) if len(values) > 1 else nan
-
 def paired(row, other):
     """Differences row - other, {seed: loss} each, over the seeds that survived in both."""
     differences = [loss - other.get(seed, inf) for seed, loss in row.items()]
@@ -98,11 +92,6 @@ def lowest(rows):
     leading = [key for key in alive if len(alive[key]) > 1 or len(fullest) == 1]
     return min(leading, key=lambda key: mean(paired(alive[key], fullest) or [inf]), default=None)
 
-def neighbours(table, lr):
-    rates = sorted(table)
-    i = rates.index(lr)
-    return rates[max(0, i - 1):i] + rates[i + 1:i + 2]  # below and above, those that exist
-
 def noise(table, best):
     """Sum of squared residuals (nats^2) and degrees of freedom, of all rates that survived in its seeds."""
     rows = [[row.get(seed, inf) for seed in table[best]] for row in table.values()]
@@ -112,36 +101,44 @@ def noise(table, best):
 
 def half_width(differences, squares, df, k):
     """Half the interval of a mean of paired differences, one of k that hold together with 95%."""
-    if not df or not differences:
+    n = len(differences)
+    if not df or not n:
         return inf
-    spread = np.nanmax([sqrt(2 * squares / df), deviation(differences)])
-    return float(t_quantile(1 - 0.025 / k, df) * spread / sqrt(len(differences)))
+    spread = sqrt(2 * squares / df)
+    if n > 1:
+        spread = max(spread, np.std(differences, ddof=1))
+    return float(t_quantile(1 - 0.025 / k, df) * spread / sqrt(n))
 
-def compare_rates(table, best):
-    """{rate: how it stands beside the best}. seems: worse, as far as perhaps a single run can tell; worse:
-    shown to be, which takes two pairs of runs, or two that diverged."""
-    spread = noise(table, best)
-    pairs = {lr: paired(row, table[best]) for lr, row in table.items()}
-    k = max(1, sum(len(d) > 1 for d in pairs.values()) - 1)     # the best is not compared with itself
+def compare(rows, best, squares, df, k):
+    """{key: how its row {seed: loss} stands beside the best's}, k of them at once. seems: worse, as far as
+    perhaps a single run can tell; worse: shown to be, by two pairs of runs, or by two that diverged."""
     found = {}
-    for lr, d in pairs.items():
-        half = half_width(d, *spread, k)
-        diverged = list(table[lr].values()).count(inf)
+    for key, row in rows.items():
+        d = paired(row, rows[best])
+        half = half_width(d, squares, df, k)
+        diverged = list(row.values()).count(inf)
         seems = not d or mean(d) > half or diverged > 1
         worse = seems and max(len(d), diverged) > 1
         verdict = "cannot tell"
-        if lr == best:
-            verdict, half = "best", nan
+        if key == best:
+            verdict = "best"
         elif diverged:
             verdict = "diverged"
         elif len(d) < 2:
-            verdict, half = "one seed", nan
+            verdict = "one seed"
         elif worse:
             verdict = "worse"
-        elif mean(d) <= MARGIN:
-            verdict = "as good"
-        found[lr] = dict(worse_by=mean(d), half_width=half, seems=seems, worse=worse, verdict=verdict)
+        elif abs(mean(d)) + half < MARGIN:
+            verdict = "same"
+        if verdict in ("best", "one seed"):
+            half = nan
+        found[key] = dict(worse_by=mean(d), half_width=half, seems=seems, worse=worse, verdict=verdict)
     return found
+
+def compare_rates(table, best):
+    """{rate: how it stands beside the best}; k counts those with several pairs, without the best."""
+    k = sum(len(paired(row, table[best])) > 1 for row in table.values()) - 1
+    return compare(table, best, *noise(table, best), max(1, k))
 
 def limits(found, best, what="worse"):
     """The nearest rates below and above the best that are worse, or seem so; 0 and inf where none is."""
@@ -150,33 +147,26 @@ def limits(found, best, what="worse"):
     return low, min((lr for lr in rates if lr > best), default=inf)
 
 def compare_settings(tables):
-    """{label: table} -> the label with the lowest loss at its best rate (None: all diverged), and how the
-    others stand beside it, each at its best rate (the comparisons of insights.json)."""
+    """{label: table} -> the label with the lowest loss at its best rate, and {label: how each setting that has
+    a seed in common stands beside it, at its own best rate}. None, {}: no run survived."""
     best = {label: lowest(table) for label, table in tables.items() if lowest(table)}
     rows = {label: tables[label][lr] for label, lr in best.items()}
     winner = lowest(rows)
-    pooled = sum((noise(tables[label], best[label]) for label in rows), np.zeros(2))
-    if rows and not pooled[1]:      # one rate each: the noise is what remains between the settings
+    rows = {label: row for label, row in rows.items() if paired(row, rows[winner])}
+    if not rows:
+        return None, {}
+    pooled = sum(noise(tables[label], best[label]) for label in rows)
+    if not pooled[1]:       # one rate each: the noise is what remains between the settings
         pooled = noise(rows, winner)
-    comparisons = []
-    for label in rows:
-        d = paired(rows[label], rows[winner])
-        if label == winner or not d:    # without a seed in common there is nothing to compare
-            continue
-        half = inf      # one pair shows nothing
-        if len(d) > 1:
-            half = half_width(d, *pooled, comb(len(rows), 2))   # the winner came out of all pairs
-        low, high = mean(d) - half, mean(d) + half
-        verdict = "not shown"
-        if low > 0:
-            verdict = "different"
-        if max(-low, high) < MARGIN:
-            verdict = "same"
-        comparisons.append(dict(better=winner, worse=label, difference=mean(d), low=low, high=high,
-                                seeds=len(d), verdict=verdict))
-    return winner, comparisons
+    k = max(1, comb(len(rows), 2))      # the winner came out of all pairs
+    return winner, compare(rows, winner, *pooled, k)
 
 # What to run next: from a setting's table to a list of (rate, seed), of which the new ones are run -
+
+def neighbours(table, lr):
+    rates = sorted(table)
+    i = rates.index(lr)
+    return rates[max(0, i - 1):i] + rates[i + 1:i + 2]  # below and above, those that exist
 
 def edge_above(table, best):
     """What ends the search upward; "" where nothing does."""
@@ -258,9 +248,6 @@ def next_runs(results, plan):
 
 # The folders of runs ------------------------------------------------------------------------------
 
-FREE = ("out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval",
-        "data_tokens")      # args that make no other run; if data_tokens changes the text, its hash tells
-
 def die(message):
     say(f"sweep.py: {message}", sys.stderr)
     raise SystemExit(2)
@@ -269,28 +256,29 @@ def run_name(key):
     setting, lr, seed = key     # optimizer=muon-lr0.003-s0
     return re.sub(r"[^\w.+=,-]+", "_", f"{','.join(setting)}-lr{lr:g}-s{seed}".lstrip("-"))
 
-def read_runs(dir):
-    """The runs in a folder that made a step, with their loss: inf if it diverged, None while it goes on."""
-    runs = [run for run in plot.read_runs(dir) if len(run["train"]["step"])]
-    for run in runs:
-        run["loss"] = None
-        if run["status"] == "diverged":
-            run["loss"] = inf
-        elif run["status"] in plot.STATUSES:
-            run["loss"] = run["summary"].get("final_val_loss")
-    return runs
-
 def refuse_mixture(run, made, mix_code):
     """Dies if the run's config.json has other args, data or (without mix_code) code than made has."""
-    parts = ["args", "data"] + ["code"] * (not mix_code)
     found = []
     for was in [run["config"], *run["config"].get("resumes", [])]:  # each with the code of its day
-        for part in parts:
+        for part in ["args", "data"] + ["code"] * (not mix_code):
             before, now = was.get(part) or {}, made.get(part) or {}
-            found += [name for name in now if name not in FREE and before.get(name, now[name]) != now[name]]
+            found += [name for name in now if name not in plot.FREE and before.get(name, now[name]) != now[name]]
     if found:
         advice = " or add --mix-code" * all(name.endswith(".py") for name in found)
         die(f"{run['name']} was made with another {', '.join(found)}; choose another --name{advice}")
+
+def losses_in_folder(plan, keys):
+    """{key: loss}, None where it has to be run. Every run there must be what train.py would make now."""
+    losses = dict.fromkeys(keys)
+    names = {run_name(key): key for key in keys}
+    for run in plot.read_runs(plan.dir):
+        made = plan.made[plan.settings[0]] | dict(args={})
+        if run["name"] in names:
+            setting, lr, seed = key = names[run["name"]]
+            made["args"] = plan.made[setting]["args"] | dict(lr=lr, seed=seed)
+            losses[key] = run["loss"]
+        refuse_mixture(run, made, plan.mix_code)
+    return losses
 
 # Processes ----------------------------------------------------------------------------------------
 
@@ -300,88 +288,77 @@ if sys.platform == "linux":     # a run dies with its sweep (PR_SET_PDEATHSIG is
     CHILD["preexec_fn"] = lambda: LIBC.prctl(1, signal.SIGKILL)
 
 def handle_stops(plan):
-    """Stops are passed on to the runs: train.py saves at the first, and ends at once 2 s after it. What the
-    starter ignored (nohup) stays ignored, here and in the runs."""
+    """Stops are passed on to the runs: train.py saves at the first, and ends at once 2 s after it."""
     def on_signal(number, frame):
-        plan.stopped = plan.stopped or number
         for process in plan.running.values():
             if os.name == "posix":      # on Windows the console has told them
                 process.send_signal(number)
-    for number in signal.Signals:
-        stop = number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-        if stop and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, on_signal)
-
-def end_if_stopped(plan):
-    if plan.stopped:
-        say("stopped; every run keeps what it has. The same command goes on")
-        raise SystemExit(128 + plan.stopped)
+        if not plan.stopped:
+            plan.stopped = True
+            raise SystemExit(128 + number)
+    catch_stops(on_signal)
 
 def command(plan, setting, *more):
     varied = [re.sub("^(.*)=off$", r"no-\1", text.removesuffix("=on")) for text in setting]    # switches
     return [sys.executable, str(TRAIN), *plan.flags, *(f"--{text}" for text in varied), *more]
 
-def run_command(plan, key):
+def run_command(plan, key, *more):
     setting, lr, seed = key
     own = [f"--lr={lr}", f"--seed={seed}", f"--out={plan.dir / run_name(key)}", "--resume", "--no-plot"]
-    return command(plan, setting, *own)
+    return command(plan, setting, *own, *more)
 
-def ask_train(plan, setting, flag):
-    """What train.py prints, JSON. If something is wrong, it has said so itself."""
-    plan.running[0] = subprocess.Popen(command(plan, setting, flag), stdout=subprocess.PIPE, **CHILD)
-    answer, _ = plan.running[0].communicate()
-    process = plan.running.pop(0)
-    end_if_stopped(plan)
-    if process.returncode < 0:
-        name = signal.Signals(-process.returncode).name
-        die(f"train.py {flag} was killed by {name}, from outside (out of memory?)")
-    if process.returncode:
-        raise SystemExit(2)
-    return json.loads(answer.splitlines()[-1])
-
-def visible_gpus(device):
-    """Ids of the GPUs to share out, without importing torch (2 s); cuda:1 is train.py's to find."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if device not in ("auto", "cuda") or names in ("", "-1"):
-        return []
-    if names is None:   # without nvidia-smi the shell's complaint holds no UUID
-        return [str(i) for i in range(subprocess.getoutput("nvidia-smi -L").count("UUID"))]
-    return names.split(",")
+def ask_train(plan):
+    """Sets what train.py makes of each setting: its args, data, code and devices; and with them lrs, jobs."""
+    plan.made = {}
+    for setting in plan.settings:
+        process = subprocess.Popen(command(plan, setting, "--prepare"), stdout=subprocess.PIPE, **CHILD)
+        plan.running[0] = process
+        answer, _ = process.communicate()
+        if process.returncode < 0:
+            die(f"preparing the data was {killed(process)}")
+        if process.returncode:      # it has said why
+            raise SystemExit(2)
+        made = plan.made[setting] = json.loads(answer.splitlines()[-1])
+    plan.running = {}
+    if any(other["data"] != made["data"] for other in plan.made.values()):
+        die("these settings would read different amounts of text; give all of them the same --data-tokens")
+    plan.devices = made["devices"]
+    on_cpu = 1      # a larger run fills all cores; a Mac has one GPU
+    if plan.preset == "tiny" and plan.devices == ["cpu"]:
+        on_cpu = min(8, cores())
+    gpus = sum(name.startswith("cuda") for name in plan.devices)
+    plan.jobs = plan.jobs or gpus * PER_GPU.get(plan.preset, 1) or on_cpu
+    plan.lrs = plan.lrs or [float(f"{made['args']['lr'] * times:.3g}") for times in (0.1, 0.3, 1, 3, 10)]
 
 def start_run(plan, key, slot):
     env = dict(os.environ)
-    if plan.gpus:
-        env["CUDA_VISIBLE_DEVICES"] = plan.gpus[slot % len(plan.gpus)]  # each has its share of the slots
     if plan.jobs > 1:
         env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // plan.jobs)))
     dir = plan.dir / run_name(key)
     dir.mkdir(parents=True, exist_ok=True)
+    words = run_command(plan, key, f"--device={plan.devices[slot % len(plan.devices)]}")
     with open(dir / "stderr.log", "wb") as log:
-        process = subprocess.Popen(run_command(plan, key), env=env, stdout=subprocess.DEVNULL, stderr=log,
-                                   **CHILD)
-    process.dir, process.began, process.steps = dir, time.monotonic(), plan.asked[key[0]]["steps"]
-    return process
+        process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=log, **CHILD)
+    process.dir, process.began = dir, time.monotonic()
+    process.steps = plan.made[key[0]]["args"]["max_steps"]
+    plan.running[slot] = process
 
-def how_it_ended(process, stopped):
-    log, code = process.dir / "stderr.log", process.returncode
-    if code > 128 or (code and stopped):
+def killed(process):
+    name = signal.Signals(-process.returncode).name
+    return f"KILLED by {name}, from outside (out of memory? a time limit?)"
+
+def how_it_ended(process):
+    log = process.dir / "stderr.log"
+    if process.returncode < 0:
+        return f"{killed(process)}. Its log is {log}"
+    if process.returncode > 128:
         return "stopped"
-    if code < 0:
-        name = signal.Signals(-code).name
-        return f"KILLED by {name}, from outside (out of memory? a time limit?). Its log is {log}"
-    if code:
+    if process.returncode:
         end = log.read_text(errors="replace").splitlines()[-6:]
         return "\n".join([f"FAILED, the others go on. The end of {log}:", *end])
     summary = plot.read_json(process.dir / "summary.json") or {}
     loss = summary.get("final_val_loss") or nan     # null: it was not finite
     return f"{summary.get('status')}, validation loss {loss:.4g}, {time.monotonic() - process.began:.0f} s"
-
-def in_place(plan, line):
-    """On a terminal: this line in place of the one before."""
-    columns = shutil.get_terminal_size().columns - 1
-    if plan.terminal:
-        with suppress(OSError):     # it may be gone
-            print(f"\r{line[:columns]:{columns}}\r", end="", flush=True)
 
 def progress(plan, done, total, seconds):
     """A bar of the steps of a round, with the losses of the runs that are going on."""
@@ -394,86 +371,58 @@ def progress(plan, done, total, seconds):
     return tqdm.format_meter(done, total, seconds, unit=" steps", ascii=True, postfix=", ".join(losses))
 
 def execute(plan, keys):
-    """One round: runs, plan.jobs at a time, with one bar for all of them."""
+    """One round: runs, plan.jobs at a time, with one bar for all of them, in place on a terminal."""
     waiting, done = list(keys), 0
-    total = sum(plan.asked[setting]["steps"] for setting, _, _ in keys)
+    total = sum(plan.made[setting]["args"]["max_steps"] for setting, _, _ in keys)
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    columns = shutil.get_terminal_size().columns - 1
     began = shown = time.monotonic()
-    while plan.running or (waiting and not plan.stopped):
+    while plan.running or waiting:
         for slot in range(plan.jobs):
             if slot in plan.running and plan.running[slot].poll() is not None:
                 process = plan.running.pop(slot)
                 done += process.steps
-                in_place(plan, "")
-                say(f"{process.dir.name}: {how_it_ended(process, plan.stopped)}")
-            if slot not in plan.running and waiting and not plan.stopped:
-                plan.running[slot] = start_run(plan, waiting.pop(0), slot)
-                if plan.stopped and os.name == "posix":     # it came while this one started
-                    plan.running[slot].send_signal(plan.stopped)
-        if time.monotonic() - shown > (1 if plan.terminal else 10):
+                say(f"{process.dir.name}: {how_it_ended(process)}".ljust(columns * terminal))
+            if slot not in plan.running and waiting:
+                start_run(plan, waiting.pop(0), slot)
+        if time.monotonic() - shown > (1 if terminal else 10):
             shown = time.monotonic()
             line = progress(plan, done, total, shown - began)
-            in_place(plan, line)
-            if not plan.terminal:
+            if terminal:
+                say(f"{line[:columns]:{columns}}", end="\r")
+            else:
                 say(line)
         time.sleep(0.05)
-    end_if_stopped(plan)
 
-def losses_in_folder(plan, keys):
-    """{key: loss}, None where it has to be run. Every run there must be what train.py would make now."""
-    losses = dict.fromkeys(keys)
-    names = {run_name(key): key for key in keys}
-    for run in read_runs(plan.dir) if plan.dir.is_dir() else []:
-        args = {}
-        if run["name"] in names:
-            setting, lr, seed = key = names[run["name"]]
-            args = plan.asked[setting]["args"] | dict(lr=lr, seed=seed)
-            losses[key] = run["loss"]
-        refuse_mixture(run, plan.made | dict(args=args), plan.mix_code)
-    return losses
-
-def ask_settings(plan):
-    """Sets what train.py says: asked, {setting: its args and steps}; made, the data and code of all."""
-    first, *others = plan.settings
-    ask = "--dry-run" if plan.dry_run or others else "--prepare"
-    plan.asked = {setting: ask_train(plan, setting, ask) for setting in plan.settings}
-    plan.made = plan.asked[first]
-    if others:      # all read the corpus that the largest budget needs
-        tokens = max(answer["tokens"] for answer in plan.asked.values())
-        plan.flags += ["--data-tokens", str(tokens)]
-        if not plan.dry_run:
-            plan.made = ask_train(plan, first, "--prepare")
-    own = plan.made["args"]["lr"]
-    plan.lrs = plan.lrs or [float(f"{own * times:.3g}") for times in (0.1, 0.3, 1, 3, 10)]
-
-def print_round(plan):
-    """The next round's commands; a round before it whose runs are all over is passed by."""
-    results, new, ended = {}, [], None
-    while None not in results.values() and not ended:
-        new, ended = next_runs(results, plan)
-        results |= losses_in_folder(plan, new)
-    for key in new:
+def print_commands(plan, keys):
+    for key in keys:
         line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(run_command(plan, key))}"
         if "\n" in line:    # what follows it would be run as a command of its own
             die(f"{line!r:.200}: a command with a line break is refused")
-        if results[key] is None:
-            say(line)
-    return 0
+        say(line)
 
 def run_sweep(plan):
-    """Round after round; a restart replays them, and finished runs answer at once. Then the report."""
-    say("checking the flags and preparing the data ...")
-    ask_settings(plan)
-    owner = lock(plan.dir)
-    say(f"runs go to {plan.dir}, {plan.jobs} at a time")
-    results, ended = {}, None
+    """Round after round; a restart replays them, and finished runs answer at once. Then the report. With
+    --dry-run only the commands of the next round are printed, and nothing is written."""
+    results, ended, owner = {}, None, None
+    if not plan.dry_run:
+        say("checking the flags and preparing the data ...")
+    ask_train(plan)
+    if not plan.dry_run:
+        owner = lock(plan.dir)      # until the end
+        say(f"runs go to {plan.dir}, {plan.jobs} at a time")
     while not ended:
         new, ended = next_runs(results, plan)
         losses = losses_in_folder(plan, new)
-        execute(plan, [key for key in new if losses[key] is None])
+        missing = [key for key in new if losses[key] is None]
+        if plan.dry_run and missing:
+            print_commands(plan, missing)
+            return 0
+        execute(plan, missing)
         results |= losses_in_folder(plan, new)
-    text = report(plan.dir, plan, f"The search ended because {ended}.").split("## ")[0].replace("**", "")
-    say(f"\n{text}Table, analysis and pictures: {plan.dir}")
-    owner.close()
+    if owner:
+        text = report(plan.dir, plan.mix_code, f"The search ended because {ended}.")
+        say("\n" + text.split("## ")[0].replace("**", "") + f"Table, analysis and pictures: {plan.dir}")
     return int(None in results.values())
 
 # Analysis: insights.json --------------------------------------------------------------------------
@@ -481,50 +430,48 @@ def run_sweep(plan):
 def analyse(runs, ended=""):
     """All that the runs show. Sets each run's setting, those of its args in which the runs differ, and its
     steps to the training loss that the worst surviving run ends with."""
-    varied = [flag for flag in runs[0]["args"] if flag not in (*FREE, "lr", "seed")
+    varied = [flag for flag in runs[0]["args"] if flag not in (*plot.FREE, "lr", "seed")
               and len({str(run["args"].get(flag)) for run in runs}) > 1]
-    ends = [run["train"]["train_loss"][-1] for run in runs if run["loss"] not in (None, inf)]
-    target = max(ends, default=-inf)
+    over = [run for run in runs if run["loss"] is not None]
+    target = max((run["train"]["train_loss"][-1] for run in over if run["loss"] < inf), default=-inf)
     for run in runs:
         if varied:      # else it may be known from curves.csv
             values = [f"{flag.replace('_', '-')}={run['args'].get(flag)}" for flag in varied]
             run["setting"] = " ".join(values)
         reached = run["train"]["step"][run["train"]["train_loss"] <= target]
         run["steps_to_loss"] = min(reached, default=None)
-    tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in runs})
-    winner, comparisons = compare_settings(tables)
-    settings = [analyse_setting(label, table, runs) for label, table in tables.items()]
-    use = None
+    tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in over})
+    winner, beside = compare_settings(tables)
+    settings = [analyse_setting(label, table, over) for label, table in tables.items()]
+    use, comparisons = None, {}
     if winner is not None and not runs[0]["args"].get("full_batch"):
         [s] = [s for s in settings if s["label"] == winner]
-        use = dict(setting=winner, lr=s["best_lr"], loss=s["best_loss"])
-        use |= dict(low=s["low"], high=s["high"], seeds=s["seeds"])
-    over = [run for run in runs if run["loss"] is not None]
+        use = dict(setting=winner, lr=s["best_lr"])
+        use |= {name: s[name] for name in ("loss", "low", "high", "seeds")}
+        comparisons = {label: how for label, how in beside.items() if label != winner}
     minutes = sum(run["summary"].get("seconds") or 0 for run in over) / 60
     insights = dict(use=use, ended=ended, runs=len(over), minutes=minutes, target_loss=target,
                     comparisons=comparisons, settings=settings)
     return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
 
 def analyse_setting(label, table, runs):
-    """One setting: what is known of its best rate, and a row for each rate."""
+    """One setting: what is known of its best rate, a row for each rate, and the edges above the best."""
     best = lowest(table)
-    s = dict(label=label, best_lr=best, best_loss=nan, low=nan, high=nan, seeds=0, noise=nan, rates=[])
+    s = dict(label=label, best_lr=best, loss=nan, low=nan, high=nan, seeds=0, noise=nan, rates=[],
+             edge=dict(unstable=None, diverged=None))
     beside = {}
     if best:
         beside = compare_rates(table, best)
         low, high = limits(beside, best)
         squares, df = noise(table, best)
-        s |= dict(best_loss=mean(table[best].values()), low=low or nan, high=high, seeds=len(table[best]))
-        s["noise"] = sqrt(squares / df) if df else nan
+        s |= dict(loss=mean(table[best].values()), low=low or nan, high=high, seeds=len(table[best]),
+                  noise=float(np.sqrt(squares / (df or nan))))
     for lr in sorted(table):
         row = dict(lr=lr, worse_by=nan, half_width=nan, verdict="diverged") | beside.get(lr, {})
-        own = [run for run in runs if run["setting"] == label and run["lr"] == lr]
-        s["rates"].append(row | analyse_rate([run for run in own if run["loss"] is not None]))
-    s["edge"] = {}
-    for status in ("unstable", "diverged"):     # the first such rate above the best
-        rates = [row["lr"] for row in s["rates"] if row["status"] == status]
-        above = [lr for lr in rates if best and lr > best]
-        s["edge"][status] = dict(lr=above[0]) if above else None
+        row |= analyse_rate([run for run in runs if run["setting"] == label and run["lr"] == lr])
+        s["rates"].append(row)
+        if best and lr > best and row["status"] in s["edge"]:
+            s["edge"][row["status"]] = s["edge"][row["status"]] or dict(lr=lr)
     return s
 
 def analyse_rate(runs):
@@ -546,16 +493,19 @@ COLUMNS = ("setting", "lr", "seed", "status", "steps", "final_val_loss", "final_
            "final_val_perplexity", "final_val_bpb", "final_train_loss", "best_val_loss", "best_val_step",
            "max_grad_norm")     # no times: repeatable
 CURVE = ("setting", "lr", "seed", "step", "train_loss", "val_loss")
+HEAD = """| learning rate | seeds | loss | worse by | verdict | curves | bits a byte |
+| --- | --- | --- | --- | --- | --- | --- |"""
 ROW = ("| {lr:g} | {n} | {val_loss:.4f} | {worse_by:.4f} ± {half_width:.4f} | {verdict} | {status} | "
        "{val_bpb:.4f} |")
-SAID = {"different": "the seeds show it.", "not shown": "the seeds do not show which is better.",
+NOT_SHOWN = "the seeds do not show which is better."
+SAID = {"worse": "the seeds show it.", "cannot tell": NOT_SHOWN, "one seed": NOT_SHOWN,
         "same": f"the same, for all that matters ({MARGIN} nats)."}
 
 def answer(s):
     """Which rate to use in a setting, and how sure that is."""
     name = f"{s['best_lr']:g} {s['label']}".strip()
     text = (f"**Use {name}.** Of the learning rates tried it has the lowest validation loss: "
-            f"{s['best_loss']:.3f} nats a token, ")
+            f"{s['loss']:.3f} nats a token, ")
     if s["seeds"] == 1:
         return text + "in its only run. One seed cannot tell a better rate from luck: add --seeds 3."
     text += f"the mean of {s['seeds']} seeds. "
@@ -569,7 +519,7 @@ def answer(s):
         text += (f"The optimum lies between {s['low']:g} and {s['high']:g}: these two are shown to be worse "
                  f"({'; '.join(tests)}).")
     close = [f"{row['lr']:g} ({row['worse_by']:+.3f})" for row in s["rates"]
-             if row["verdict"] in ("as good", "cannot tell")]
+             if row["verdict"] in ("same", "cannot tell")]
     if close:
         text += f" {', '.join(close)} cannot be told from it with {s['seeds']} seeds."
     return text
@@ -579,23 +529,20 @@ def above_the_best(s):
     unstable, diverged, top = s["edge"]["unstable"], s["edge"]["diverged"], s["rates"][-1]
     if top["lr"] == s["best_lr"]:
         return "No rate above the best was tried."
+    text = f"No rate above the best diverged, up to {top['lr']:g}."
     if diverged:
         below = max(row["lr"] for row in s["rates"] if row["lr"] < diverged["lr"])
-        ratio = diverged["lr"] / s["best_lr"]
-        text = (f"The first diverged rate is {diverged['lr']:g}, {ratio:.3g} times the best; {below:g}, the "
-                "highest rate below it, survived.")
-    else:
-        text = f"No rate above the best diverged, up to {top['lr']:g}."
-        if top["worse_by"] is not None:     # they have a seed in common
-            text = text[:-1] + f", {top['worse_by']:.2f} nats worse."
+        text = (f"The first diverged rate is {diverged['lr']:g}, {diverged['lr'] / s['best_lr']:.3g} times the "
+                f"best; {below:g}, the highest rate below it, survived.")
+    elif top["worse_by"] is not None:       # they have a seed in common
+        text = text[:-1] + f", {top['worse_by']:.2f} nats worse."
     if unstable:
         text += f" The first unstable rate above the best is {unstable['lr']:g}."
     return text
 
 def rates_table(rates):
     """The rates of a setting in markdown."""
-    lines = ["| learning rate | seeds | loss | worse by | verdict | curves | bits a byte |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [HEAD]
     for row in rates:
         known = {name: nan if value is None else value for name, value in row.items()}
         line = ROW.format(n=len(row["seeds"]), **known)
@@ -617,11 +564,11 @@ def write_up(insights, left_out=(), mix_code=False):
         text.append(f"Left out, as they are not over or cannot be read: {', '.join(left_out)}.")
     if mix_code:
         text.append("Runs of edited code may be among them (--mix-code).")
-    for c in insights["comparisons"]:
-        size = "{difference:.4f} nats".format(**c)
-        if c["low"] is not None:
-            size += " (from {low:.4f} to {high:.4f})".format(**c)
-        text.append(f"{c['worse']} at its best rate is {size} worse than {c['better']}: {SAID[c['verdict']]}")
+    for label, c in insights["comparisons"].items():
+        size = "{worse_by:.4f}".format(**c)
+        if c["half_width"] is not None:
+            size += " ± {half_width:.4f}".format(**c)
+        text.append(f"{label} at its best rate is {size} nats worse than {use['setting']}: {SAID[c['verdict']]}")
     for s in settings:
         text.append(f"## The learning rates {s['label']}".strip())
         if s["best_lr"]:
@@ -630,18 +577,11 @@ def write_up(insights, left_out=(), mix_code=False):
         losses = [row["val_loss"] for row in s["rates"] if not row["diverged"]]
         if len(losses) > 1:
             text.append("The rates that survived in all their seeds end at "
-                        f"{mean(losses):.3f} nats on average (deviation {deviation(losses):.3f}), "
+                        f"{mean(losses):.3f} nats on average (deviation {np.std(losses, ddof=1):.3f}), "
                         f"from {min(losses):.3f} to {max(losses):.3f}.")
     if any(s["edge"]["diverged"] for s in settings):
         text.append("A folk rule says that runs begin to diverge at 2 to 4 times the best rate.")
     return "\n\n".join(text) + "\n"
-
-def write_csv(path, columns, rows):
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_aside(path, text.getvalue().encode())
 
 def curve(run):
     """A run's rows in curves.csv: at most 100 means of training losses, and every validation loss."""
@@ -654,23 +594,22 @@ def curve(run):
         if isfinite(loss):
             yield run | dict(step=int(step), val_loss=f"{loss:.4g}")
 
-def report(dir, plan, ended=""):
+def report(dir, mix_code=False, ended=""):
     """Reads the runs under dir, and writes tables, analysis and pictures there; returns the analysis."""
-    runs = read_runs(dir)
+    runs = plot.read_runs(dir)
     if not runs:
         die(f"{dir} holds no run that made a step")
     for run in runs:
-        refuse_mixture(run, dict(runs[0]["config"], args={}), plan.mix_code)
+        refuse_mixture(run, dict(runs[0]["config"], args={}), mix_code)
     insights = analyse(runs, ended)
     folders = {path.name for path in dir.iterdir() if path.is_dir()}
-    over = {run["name"] for run in runs if run["loss"] is not None}
-    text = write_up(insights, sorted(folders - over), plan.mix_code)
+    over = [run for run in runs if run["loss"] is not None]
+    text = write_up(insights, sorted(folders - {run["name"] for run in over}), mix_code)
     if runs[0]["config"]:       # else they come from curves.csv, and know less than is written there
         write_csv(dir / "summary_table.csv", COLUMNS, [run["summary"] | run for run in runs])
-        finished = [run for run in runs if run["loss"] is not None]
-        write_csv(dir / "curves.csv", CURVE, [row for run in finished for row in curve(run)])
+        write_csv(dir / "curves.csv", CURVE, [row for run in over for row in curve(run)])
     write_aside(dir / "lr_sweep_analysis.md", text.encode())
-    write_aside(dir / "insights.json", json.dumps(insights, indent=1).encode())
+    write_json(dir / "insights.json", insights)
     for run in runs:
         if not (run["dir"] / "loss_curves.png").exists():
             plot.draw_run(run["dir"])
@@ -706,7 +645,6 @@ def parse_flags(argv):
     add("--vary", action="append", default=[], metavar="FLAG=V1,V2",
         help="compare values of a train.py flag (on,off for a switch), each at its own best learning rate; "
              "A,B=1:2,3:4 for pairs")
-    add("--device", default="auto", help="where to train: auto (the default), cuda, mps or cpu")
     add = p.add_argument_group("what to try").add_argument
     add("--study", choices=STUDIES, help="a named experiment, which sets --lrs, --no-widen and more")
     add("--lrs", nargs="+", type=float, metavar="LR",
@@ -730,41 +668,39 @@ def parse_flags(argv):
     return plan, given
 
 def make_plan(argv):
-    """The flags, checked, and what follows from them: flags and settings of the runs, dir, gpus, jobs."""
+    """The flags, checked, and what follows from them: flags and settings of the runs, and their folder."""
     plan, given = parse_flags(argv)
     for word in given:
         flag = word.split("=")[0]
-        if flag in ("--lr", "--seed", "--out", "--resume", "--prepare", "--data-tokens"):
+        if flag in ("--lr", "--seed", "--out", "--resume", "--prepare"):
             die(f"{flag} is set by the sweep; see --lrs, --seeds and --name in --help")
     varied = [text.split("=")[0] for text in plan.vary]
     words = " ".join([plan.preset, plan.study or "", *varied, *given])
     name = plan.name or re.sub(r"[^\w.+]+", "-", words)[:150].strip("-")
     plan.dir = Path("runs") / name
-    plan.flags = ["--preset", plan.preset, "--device", plan.device, *given]
+    plan.flags = ["--preset", plan.preset, *given]
     plan.settings = parse_vary(plan.vary)
     plan.lrs = plan.lrs or GRIDS.get(plan.preset, [])
-    plan.gpus = visible_gpus(plan.device)
-    # Without GPUs: a larger run fills all cores, and a Mac has one GPU.
-    on_cpu = min(8, cores()) if plan.preset == "tiny" and sys.platform != "darwin" else 1
-    plan.jobs = plan.jobs or len(plan.gpus) * PER_GPU.get(plan.preset, 1) or on_cpu
     plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
-    if not all(0 < number < 1e6 for number in (*plan.lrs, plan.seeds, plan.jobs, plan.max_runs)):
+    if not all(0 < number < 1e6 for number in (*plan.lrs, plan.seeds, plan.jobs or 1, plan.max_runs)):
         die("--lrs, --seeds, --jobs and --max-runs must be above 0 and below a million")
-    plan.running, plan.stopped = {}, 0      # {slot: process}; the first signal that came
-    plan.terminal = sys.stdout is not None and sys.stdout.isatty()
+    plan.running, plan.stopped = {}, False      # {slot: process}; has a signal come?
     return plan
 
 def main(argv):
     try:
         plan = make_plan(argv)
         if plan.report:
-            say(report(plan.report, plan))
+            say(report(plan.report, plan.mix_code))
             return 0
         handle_stops(plan)
-        if plan.dry_run:
-            ask_settings(plan)
-            return print_round(plan)
-        return run_sweep(plan)
+        try:
+            return run_sweep(plan)
+        finally:
+            if plan.stopped:    # the runs are told; they save what they have
+                for process in plan.running.values():
+                    process.wait()
+                say("stopped; every run keeps what it has. The same command goes on")
     except DataError as error:  # another sweep owns the folder
         die(error)
     except OSError as error:    # a full disk, a folder that is read-only or not there

@@ -16,7 +16,6 @@ import argparse
 import copy
 import csv
 import ctypes
-import hashlib
 import importlib.util
 import io
 import json
@@ -33,7 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -67,12 +65,12 @@ RATE, SIZE, BELOW_ONE = within(float, 1e-30, 1e30), within(float, 0, 1e30), with
 FLAGS = {   # group: {flag: (how to read it, default unless the preset has one, help)}
     "text and budget": {
         "data": (TEXT, None, "stdlib, tinystories, cosmopedia, or the path of a text file or folder"),
+        "data-tokens": (AUTO, 0, "tokens of text to fetch; 0: as many as the run reads"),
         "batch-size": (COUNT, None, "sequences in an optimizer step, on all devices together"),
         "max-steps": (COUNT, None, "optimizer steps"),
         "grad-accum": (COUNT, 1, "pieces to compute a batch in; experts are balanced within a piece"),
         "full-batch": (SWITCH, False, "train on the first batch only, at every step"),
-        "seed": (within(int, 0, 2**63 - 1), 0, "seed of initial weights, batches and dropout"),
-        "data-tokens": (AUTO, 0, "tokens of text to fetch; 0: as many as the run reads")},
+        "seed": (within(int, 0, 2**63 - 1), 0, "seed of initial weights, batches and dropout")},
     "optimizer": {
         "optimizer": (dict(choices=OPTIMIZERS), "adamw", "muon: for matrices in blocks, adamw for the rest"),
         "lr": (RATE, None, "peak learning rate (default: the preset's, or a guess from optimizer and width)"),
@@ -102,15 +100,12 @@ FLAGS = {   # group: {flag: (how to read it, default unless the preset has one, 
         "sharpness": (AUTO, 0, "steps between measurements of the Hessian's top eigenvalue; 0: none"),
         "sample": (AUTO, 64, "tokens of text to generate at the end"),
         "no-plot": (SWITCH, False, "draw no pictures"),
-        "dry-run": (SWITCH, False, "check the flags, print the settings as JSON, and stop"),
         "prepare": (SWITCH, False, "prepare the text, print the settings as JSON, and stop")},
 }
 for field in fields(ModelConfig):
     how = ON_OFF if field.type is bool else within(field.type, 1e-9 if field.default else 0, 1e9)
     text = field.metadata.get("help", "a field of ModelConfig")
     FLAGS["model"][field.name.replace("_", "-")] = how, field.default, text
-FREE = {"out", "resume", "no_plot", "dry_run", "prepare", "sample", "checkpoint_interval", "grad_accum",
-        "data_tokens"}      # may differ in a run that is resumed; another text has another hash
 
 def parse_args(argv=None):
     """Command line -> (args, ModelConfig). Defaults are the preset's, which is therefore read first."""
@@ -141,8 +136,13 @@ def parse_args(argv=None):
 
 # The hardware -------------------------------------------------------------------------------------
 
+def devices():
+    """The names of those that are there, in the order of `auto`."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return gpus + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+
 def pick_device(name, local_rank=0, world=1):
-    """A torch.device that is really there; `auto` takes cuda, then mps, then cpu.
+    """A torch.device that is really there.
 
     What is known of Apple's mps, from documentation and reports (nobody here has a Mac):
     - it has no float64 and no pinned memory; figures go to the CPU before they become Python's;
@@ -151,13 +151,11 @@ def pick_device(name, local_rank=0, world=1):
     - gloo cannot sum its tensors, so that torchrun is refused;
     - gradients of over 32,768 tokens at once can be wrong (pytorch#177116, open): --grad-accum splits them.
     """
-    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "auto":
-        name = there[0].split(":")[0]
+        name = devices()[0].split(":")[0]
     if name == "cuda":
         name = f"cuda:{local_rank}"
-    if name not in there or (name == "mps" and world > 1):
+    if name not in devices() or (name == "mps" and world > 1):
         fail(f"device {name!r} is not available here, or not to several processes; use --device cpu")
     return torch.device(name)
 
@@ -172,18 +170,19 @@ def pick_dtype(name, device):
 
 def pick_compile(wanted, device, dtype, config, flops):
     """The torch.compile backend, or None; and whether the step can be recorded as one CUDA graph."""
-    long_run = flops > 1.5e14 and not config.n_experts      # 5 minutes on 2 cores, where compiling takes 40 s
-    if wanted is False or (not wanted and (device.type == "mps" or device.type == "cpu" and not long_run)):
-        return None, False
-    if device.type == "mps":
+    if wanted is None:      # on a CPU from 5 minutes on 2 cores on: compiling takes 40 s
+        long_run = flops > 1.5e14 and not config.n_experts
+        wanted = device.type == "cuda" or device.type == "cpu" and long_run
+    if device.type == "mps" and wanted:
         return "aot_eager", False
     there = any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++", "cl"]))
     capability = (0, 0)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         there = importlib.util.find_spec("triton") and capability >= (7, 0)
-    if not there:
+    if wanted and not there:
         say("torch.compile needs Triton on a GPU, a C++ compiler on a CPU: training without it", sys.stderr)
+    if not wanted or not there:
         return None, False
     # A graph holds no new random numbers and no wait for the host, so that experts need grouped_mm.
     grouped = dtype == torch.bfloat16 and capability[0] in (9, 10)
@@ -222,14 +221,14 @@ def all_reduce(tensors):
 
 def any_process(flag, device):
     count = torch.tensor(float(flag), device=device)
-    dist.all_reduce(count)
+    all_reduce([count])
     return count.item() > 0
 
 def check_size(args, config, device, world):
     """Refuse what the processes cannot share, or what no memory holds (a lower bound), before it is made."""
     if args.batch_size % (args.grad_accum * world):
         fail(f"--batch-size {args.batch_size} is no multiple of {world} x --grad-accum {args.grad_accum}")
-    d, ff, tokens = config.d_model, config.d_ff, args.batch_size * config.context_length
+    d, tokens = config.d_model, args.batch_size * config.context_length
     piece = tokens // (args.grad_accum * world)
     if device.type == "mps" and piece > 32_768:
         say(f"mps: gradients of {piece:,} tokens may be wrong (pytorch#177116); use --grad-accum", sys.stderr)
@@ -237,16 +236,12 @@ def check_size(args, config, device, world):
         say("mps: bfloat16 needs macOS 14, and was reported to be no faster than float32", sys.stderr)
     if device.type == "cuda" or not hasattr(os, "sysconf"):     # a GPU says so itself; Windows has no sysconf
         return
-    weights = config.vocab_size * d + config.n_layers * (4 * d * d + 2 * max(1, config.n_experts) * d * ff)
-    activations = 2 * config.n_layers * (6 * d + 2 * ff)        # bytes a token
+    per_layer = 4 * d * d + 2 * max(1, config.n_experts) * d * config.d_ff
+    weights = config.vocab_size * d + config.n_layers * per_layer
+    activations = 2 * config.n_layers * (6 * d + 2 * config.d_ff)       # bytes a token
     gib = (16 * (weights + tokens) + piece * activations) / 2**30       # 16: gradients and averages, too; ids
     if gib > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30:
         fail(f"needs over {gib:,.0f} GiB of memory, more than there is; lower --batch-size or a model size")
-
-def out_of_memory(error):
-    """torch's is a RuntimeError, on a CPU of no kind of its own."""
-    says_so = re.search("(out of|allocate|not enough) memory", str(error))
-    return isinstance(error, MemoryError) or says_so is not None
 
 # The folder of a run ------------------------------------------------------------------------------
 
@@ -254,26 +249,24 @@ def provenance(device):
     """What made the numbers: code, versions, commit ("-dirty": changed since), hardware."""
     here = Path(__file__).parent
     files = ("model.py", "optim.py", "schedule.py", "data.py", "train.py", "plot.py")
-    code = {file: hashlib.sha256((here / file).read_bytes()).hexdigest() for file in files}
-    commit = None
-    if shutil.which("git"):
-        git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=here).stdout.strip()
+    git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude=*", shell=True, cwd=here,
+                         capture_output=True, text=True)
     name = f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return dict(code=code, git_commit=commit, python=sys.version.split()[0], torch=str(torch.__version__),
-                numpy=np.__version__, device=str(device), device_name=name)
+    return dict(code={file: data.sha256(here / file) for file in files}, git_commit=git.stdout.strip(),
+                python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__,
+                device=str(device), device_name=name)
 
 class RunFolder:
-    """The files of a run: its config (.json), saved (the checkpoint to go on with, or None), and the rest.
+    """The files of a run. saved: the checkpoint to go on with, or None; rows: those of metrics.csv so far.
     Of the processes of a torchrun only the first one, the owner, writes and speaks."""
     def __init__(self, args, owner, device):
         name = time.strftime(f"{args.preset}-lr{args.lr:g}-s{args.seed}-%m%d-%H%M%S-{os.getpid()}")
         self.path = Path(args.out or f"runs/single/{name}")
         self.owner = owner
-        self.config = {}
         self.saved = None
+        self.rows, self.columns = [], {}
         self.saver = ThreadPoolExecutor(1)      # writes a checkpoint while the next steps run
         self.saving = self.saver.submit(int)
         found = {file.name for file in self.path.glob("*") if file.suffix != ".tmp"} - {".lock", "stderr.log"}
@@ -281,6 +274,7 @@ class RunFolder:
             fail("--out needs a folder; with --resume, that of the run to go on with")
         if found and not (args.resume and found & {"config.json", "checkpoints"}):
             fail(f"{self.path} holds a run or other files; add --resume to go on, or choose another --out")
+        self.config = {}
         if args.resume:
             self.config = plot.read_json(self.path / "config.json") or {}
             self.read_checkpoint(self.path / "checkpoints/last.pt", device)
@@ -292,69 +286,72 @@ class RunFolder:
             return
         content = path.read_bytes()     # an error here ends the program and changes nothing
         try:
-            if zipfile.ZipFile(io.BytesIO(content)).testzip():      # compares a checksum of each tensor
-                raise ValueError("a checksum")
-            self.saved = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-            self.config = self.saved["config"]
-        except Exception as e:          # torch, pickle and zipfile raise a dozen kinds for a damaged file
-            if out_of_memory(e):
-                raise
+            damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()    # compares a checksum of each tensor
+        except Exception:       # zipfile raises half a dozen kinds
+            damaged = True
+        if damaged:
             fail(f"{path} is damaged (best.pt beside it may not be): choose another --out, or delete last.pt "
                  "to begin again")
+        self.saved = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        self.rows, self.config = self.saved["rows"], self.saved["config"]
 
     def refuse_change(self, part, now):
         """A run does not go on with other args, or with other data: compares what both know."""
         began = self.config.get(part, {})
-        for key in sorted(began.keys() & now.keys() - FREE):
+        for key in sorted(began.keys() & now.keys() - {"grad_accum", *plot.FREE}):
             if began[key] != now[key]:
                 what = "another text: " * (part == "data") + key.replace("_", "-")
                 fail(f"{self.path} began otherwise: {what} was {began[key]!s:.80}, is {now[key]!s:.80}; "
                      "repeat what it began with, or choose another --out")
 
     def finished(self):
-        run = plot.read_run(self.path)          # None: config.json is damaged
-        rows = self.saved and self.saved["metrics"].encode()
-        over = run and len(run["train"]["step"]) and run["status"] in plot.STATUSES
-        return over and rows in (None, (self.path / "metrics.csv").read_bytes())
+        """Is nothing left to do? First metrics.csv becomes what it was at the checkpoint."""
+        if self.owner and self.rows:
+            self.write_table()
+        run = plot.read_run(self.path)
+        return run and len(run["train"]["step"]) and run["status"] in plot.STATUSES
 
     def open(self, config):
         """Begin the files, or go on with those of the checkpoint; what changed since is said and kept."""
-        rows, changes = "", []
+        changes = []
         if self.saved:
-            began, rows = self.config, self.saved["metrics"]
+            began = self.config
             changes = [f"{file} edited" for file, _ in sorted(config["code"].items() - began["code"].items())]
             changes += [f"{flag} new" for flag in config["args"] if flag not in began["args"]]
-            began["resumes"].append(dict(config, step=self.saved["state"]["step"], changes=changes))
+            began["resumes"].append(dict(config, step=self.saved["step"], changes=changes))
         else:
             self.config = dict(config, resumes=[])
         if self.owner:
             self.lock = data.lock(self.path)
-            self.write_json("config.json", self.config)
-            self.write_json("summary.json", dict(status="running"))
-            self.text = open(self.path / "training.log", "a", encoding="utf-8", errors="backslashreplace")
-            self.table = open(self.path / "metrics.csv", "w+", newline="", buffering=1)     # a row at a time
-            self.table.write(rows)
-            self.columns = next(csv.reader(rows.splitlines()), [])
+            data.write_json(self.path / "config.json", self.config)
+            data.write_json(self.path / "summary.json", dict(status="running"))
         if changes:
             self.say("since this run began: " + ", ".join(changes))
 
     def say(self, line):
         if self.owner:
             say(line)
-            print(line, file=self.text, flush=True)
+            log = open(self.path / "training.log", "a", encoding="utf-8", errors="backslashreplace")
+            print(line, file=log)
+            log.close()
 
     def log(self, line, **cells):
-        """Say the line, and write a row of metrics.csv; a new column widens the table."""
+        """Say the line, and write a row of metrics.csv; where a column is new, all rows again."""
         self.say(line)
-        if self.owner and not cells.keys() <= set(self.columns):
-            self.table.seek(0)
-            rows = list(csv.DictReader(self.table))
-            self.table.seek(self.table.truncate(0))
-            self.columns = list(dict.fromkeys([*self.columns, *cells]))
-            self.table.write(",".join(self.columns) + "\r\n")
-            csv.DictWriter(self.table, self.columns).writerows(rows)
-        if self.owner:
-            csv.DictWriter(self.table, self.columns).writerow(cells)
+        self.rows.append(cells)
+        if self.owner and cells.keys() <= self.columns.keys():
+            with open(self.path / "metrics.csv", "a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(cells)
+        elif self.owner:
+            self.write_table()
+
+    def write_table(self):
+        self.columns = dict.fromkeys(name for row in self.rows for name in row)
+        data.write_csv(self.path / "metrics.csv", self.columns, self.rows)
+
+    def column(self, name):
+        """Its cells so far, of the rows that have it."""
+        return [row[name] for row in self.rows if name in row]
 
     def save(self, name, **value):
         """A checkpoint, of a copy that the next steps do not change."""
@@ -364,16 +361,10 @@ class RunFolder:
             data.write_aside(self.path / "checkpoints" / name, buffer.getvalue())
         if self.owner:
             self.saving.result()        # raises what went wrong with the last one
-            value.update(config=self.config, metrics=(self.path / "metrics.csv").read_bytes().decode())
-            value = copy.deepcopy(value)
+            value = copy.deepcopy(dict(value, config=self.config, rows=self.rows))
             if torch.cuda.is_initialized():     # the saver's thread has another stream, and would not wait
                 torch.cuda.current_stream().synchronize()
             self.saving = self.saver.submit(write, value)
-
-    def write_json(self, name, value):
-        """JSON has no nan: what is not finite becomes null."""
-        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
-        data.write_aside(self.path / name, (json.dumps(finite, indent=2) + "\n").encode())
 
 # Evaluation ---------------------------------------------------------------------------------------
 
@@ -403,15 +394,11 @@ def open_text(args, config):
     windows = torch.stack(data.val_windows(corpus.val, config.context_length, args.eval_tokens))
     return corpus, get_batch, windows
 
-def keep_freed_memory():
-    """glibc would give it back and have it zeroed anew at every step: a fifth of tiny's time on a CPU."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(-4, 0)    # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, -1)   # M_TRIM_THRESHOLD: never
-
 def build(args, config, device, dtype, saved):
     """Model, optimizers and schedule, fresh or as saved, and the step: compiled, where it pays a graph."""
-    keep_freed_memory()
+    if sys.platform == "linux":     # glibc would give memory back, and have it zeroed anew at every step: ...
+        ctypes.CDLL(None).mallopt(-4, 0)    # ... a fifth of tiny's time on a CPU (M_MMAP_MAX)
+        ctypes.CDLL(None).mallopt(-1, -1)   # M_TRIM_THRESHOLD: never
     torch.set_flush_denormal(True)      # a CPU is several times slower with numbers below 1e-38
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32
@@ -445,30 +432,7 @@ def watch_signals():
         came.append((number, time.monotonic()))
         if came[-1][1] > came[0][1] + 2:
             os._exit(128 + number)      # a later one ends it at once
-    stops = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
-    stops = [n for n in stops if signal.getsignal(n) != signal.SIG_IGN]     # what nohup ignores stays ignored
-    return came, {n: signal.signal(n, on_signal) for n in stops}
-
-def finish(folder, args, state, stopped, model, tokenizer):
-    """The summary, a sample of text, the pictures."""
-    status = "interrupted" if stopped else plot.classify(state.history)
-    tokens = state.step * args.batch_size * args.context_length
-    folder.write_json("summary.json", dict(
-        state.results, status=status, steps=state.step, max_steps=args.max_steps, tokens=tokens, lr=args.lr,
-        seed=args.seed, seconds=state.elapsed, tokens_per_sec=tokens / state.elapsed, ended_early=state.lost,
-        n_params=folder.config["n_params"], max_grad_norm=state.max_grad_norm.item(),
-        peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 or None))
-    folder.say(f"{status} at step {state.step}: {state.elapsed:.0f} s, {tokens / state.elapsed:,.0f} tok/s")
-    if stopped:
-        folder.say(f"the same command with --out {folder.path} --resume goes on from here")
-    elif state.lost:
-        folder.say("ended early, as it cannot come back from such losses")
-    elif args.sample:
-        prompt = torch.full((1, 1), tokenizer.eot, device=model.embed.device)
-        ids = model.eval().generate(prompt, args.sample, temperature=0.8)[0, 1:].tolist()
-        folder.say("sample: " + tokenizer.decode(ids))
-    if not args.no_plot:
-        plot.draw_run(folder.path)
+    return came, data.catch_stops(on_signal)
 
 def means(sums, n_steps):
     """Sums of a step's records -> cells of metrics.csv; a layer's is name_L0, an expert's name_L0_E0."""
@@ -477,6 +441,31 @@ def means(sums, n_steps):
         for index, mean in np.ndenumerate((total / n_steps).cpu().numpy()):
             cells[name + "".join(f"_{axis}{i}" for axis, i in zip("LE", index))] = float(mean)
     return cells
+
+def finish(folder, args, step, seconds, stopped, lost, model, tokenizer):
+    """The summary, a sample of text, the pictures."""
+    status = "interrupted" if stopped else plot.classify(folder.column("train_loss"))
+    tokens = step * args.batch_size * args.context_length
+    latest = {name: cell for row in folder.rows for name, cell in row.items()}
+    final = {f"final_{name}": latest[name] for name in latest if name.startswith(("train_loss", "val_"))}
+    evaluations = [row for row in folder.rows if row.get("val_loss", math.inf) < math.inf]
+    best = min(evaluations, key=lambda row: row["val_loss"], default={})
+    data.write_json(folder.path / "summary.json", dict(
+        final, best_val_loss=best.get("val_loss"), best_val_step=best.get("step"), status=status, steps=step,
+        max_steps=args.max_steps, tokens=tokens, lr=args.lr, seed=args.seed, seconds=seconds, ended_early=lost,
+        tokens_per_sec=tokens / seconds, max_grad_norm=float(np.max(folder.column("grad_norm") or [math.nan])),
+        n_params=folder.config["n_params"], peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 or None))
+    folder.say(f"{status} at step {step}: {seconds:.0f} s, {tokens / seconds:,.0f} tok/s")
+    if stopped:
+        folder.say(f"the same command with --out {folder.path} --resume goes on from here")
+    elif lost:
+        folder.say("ended early, as it cannot come back from such losses")
+    elif args.sample:
+        prompt = torch.full((1, 1), tokenizer.eot, device=model.embed.device)
+        ids = model.eval().generate(prompt, args.sample, temperature=0.8)[0, 1:].tolist()
+        folder.say("sample: " + tokenizer.decode(ids))
+    if not args.no_plot:
+        plot.draw_run(folder.path)
 
 # The step -----------------------------------------------------------------------------------------
 
@@ -517,31 +506,27 @@ def make_step(losses, model, optimizers, args):
 # The run ------------------------------------------------------------------------------------------
 
 def run(args, config):
-    # The hardware, and whether the run fits it.
-    torchrun = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-    rank, world, local_rank = (int(os.environ.get(name, alone)) for name, alone in torchrun.items())
+    # The hardware, and whether the run fits it; torchrun tells each process its number.
+    rank, world, local_rank = (int(os.environ.get(name, alone)) for name, alone in
+                               [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
     device = pick_device(args.device, local_rank, world)
     dtype = pick_dtype(args.dtype, device)
     check_size(args, config, device, world)
-    tokens_per_step = args.batch_size * config.context_length
-    settings = dict(args=vars(args), tokens=tokens_per_step * args.max_steps, steps=args.max_steps)
-    if args.dry_run:
-        say(json.dumps(settings))
-        return 0
 
     # The folder and the text. Of several processes one prepares the text, and the others wait for it.
     folder = RunFolder(args, rank == 0, device)
     corpus, get_batch, windows = open_text(args, config)
     folder.refuse_change("data", corpus.meta)
-    settings.update(data=corpus.meta, **provenance(device))
-    if args.prepare:
-        say(json.dumps(settings))
+    settings = dict(args=vars(args), data=corpus.meta, **provenance(device))
+    if args.prepare:        # the sweep shares its runs out over the devices
+        same = [name for name in devices() if args.device in ("auto", device.type) and device.type in name]
+        say(json.dumps(settings | dict(devices=same or [args.device])))
         return 0
     if args.resume and folder.finished():
         say(f"{folder.path} is already finished")
         return 0
 
-    # The model, and the state between steps: fresh, or the checkpoint's.
+    # The model, and what changes from step to step: fresh, or the checkpoint's.
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -549,18 +534,17 @@ def run(args, config):
         dist.barrier()                                  # all have read the folder before one writes
     config = replace(config, vocab_size=corpus.tokenizer.vocab_size)
     model, optimizers, schedule, train_step, backend = build(args, config, device, dtype, folder.saved)
+    saved = folder.saved or dict(step=0, elapsed=0.0, sums={}, eigenvectors={})
+    start = step = saved["step"]
+    sums, eigenvectors = saved["sums"], saved["eigenvectors"]
     counts = count_parameters(model)
-    state = SimpleNamespace(step=0, elapsed=0.0, sums={}, history=[], lost=False, eigenvectors={},
-                            max_grad_norm=torch.zeros((), device=device), results={"best_val_loss": math.inf})
-    if folder.saved:
-        state = SimpleNamespace(**folder.saved["state"])
-    start = step = state.step
     folder.open(dict(settings, model=asdict(config), n_params=counts["total"], dtype=str(dtype)[6:],
                      devices=world, compile=backend))
+    tokens_per_step = args.batch_size * config.context_length
     folder.say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters, "
                f"{counts['used per token']:,} a token; {args.max_steps} steps of {tokens_per_step:,} tokens, "
-               f"{settings['tokens'] / len(corpus.train):.2g} x the text; {args.optimizer} at {args.lr:g} "
-               f"on {device}, {dtype}, compiled: {backend} -> {folder.path}")
+               f"{args.max_steps * tokens_per_step / len(corpus.train):.2g} x the text; {args.optimizer} at "
+               f"{args.lr:g} on {device}, {dtype}, compiled: {backend} -> {folder.path}")
 
     def log(line, **cells):
         folder.log(f"step {step}/{args.max_steps} | {line}", step=step, tokens=step * tokens_per_step,
@@ -570,20 +554,19 @@ def run(args, config):
     came, handlers = watch_signals()
     eval_interval = args.eval_interval or max(1, args.max_steps // 10)
     log_interval = args.log_interval or max(1, args.max_steps // 100)
-    began = time.perf_counter() - state.elapsed
     saved_at = timed_from = time.perf_counter()         # tokens_per_sec is that of training alone
+    began = saved_at - saved["elapsed"]
     while True:
-        last = step == args.max_steps or state.lost
         paused = time.perf_counter()
+        lost = plot.is_lost(folder.column("train_loss"), args.max_steps // log_interval)
+        last = step == args.max_steps or lost
 
         # Evaluate: always the same windows, before the step that follows.
         if step > start and (step % eval_interval == 0 or last):
             val = evaluate(model, *windows.to(device), min(args.batch_size, 32), corpus.token_bytes)
             line = "val loss {val_loss:.4f} | accuracy {val_accuracy:.2%} | {val_bpb:.4f} bits a byte"
             log(line.format(**val), **val)
-            state.results.update({f"final_{name}": val[name] for name in val})
-            if val["val_loss"] < state.results["best_val_loss"]:
-                state.results.update({f"best_{name}": val[name] for name in val}, best_val_step=step)
+            if val["val_loss"] <= min(folder.column("val_loss")):
                 folder.save("best.pt", model=model.state_dict(), step=step, **val)
             if args.schedule == "plateau":
                 schedule.observe(val["val_loss"])
@@ -598,9 +581,9 @@ def run(args, config):
         due = due and (args.checkpoint_interval or paused > saved_at + 10)      # it takes time
         if due or last or stopped:
             saved_at = time.perf_counter()
-            state.step, state.elapsed = step, saved_at - began
             folder.save("last.pt", model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-                        schedule=vars(schedule), state=vars(state))
+                        schedule=vars(schedule), step=step, elapsed=saved_at - began, sums=sums,
+                        eigenvectors=eigenvectors)
         if last or stopped:
             break
 
@@ -611,7 +594,7 @@ def run(args, config):
             batch = get_batch(args.batch_size if args.full_batch else min(args.batch_size, 16), 0)
             cells = measure_sharpness(
                 model, optimizers, *batch.to(device), name=args.optimizer, lr=lr, momentum=args.momentum,
-                beta1=args.beta1, grad_clip=args.grad_clip, vectors=state.eigenvectors)
+                beta1=args.beta1, grad_clip=args.grad_clip, vectors=eigenvectors)
             log(f"sharpness {cells['sharpness']:.4g}", **cells)
         timed_from += time.perf_counter() - paused
 
@@ -627,23 +610,19 @@ def run(args, config):
         for optimizer in optimizers:
             optimizer.set_lr(factor)
         record = train_step(*batch.to(device, non_blocking=device.type == "cuda"))
-        state.sums = {name: state.sums.get(name, 0.0) + value for name, value in record.items()}
-        state.max_grad_norm = torch.maximum(state.max_grad_norm, record["grad_norm"])
+        sums = {name: sums.get(name, 0.0) + value for name, value in record.items()}
         step += 1
 
         # Log: means since the last log step.
         if step % log_interval == 0 or step == args.max_steps:
             n_steps = (step - 1) % log_interval + 1
-            cells = means(state.sums, n_steps)
-            state.sums = {}
-            state.history.append(cells["train_loss"])
-            state.results["final_train_loss"] = cells["train_loss"]
-            state.lost = plot.is_lost(state.history, args.max_steps // log_interval)
+            cells = means(sums, n_steps)
+            sums = {}
             seconds = time.perf_counter() - timed_from
             timed_from += seconds
             speed = min(n_steps, step - start) * tokens_per_step / seconds
             eta = timedelta(seconds=int((args.max_steps - step) * tokens_per_step / speed))
-            log(f"loss {state.history[-1]:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}",
+            log(f"loss {cells['train_loss']:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}",
                 lr=lr, **cells, tokens_per_sec=speed)
 
     # The end.
@@ -651,7 +630,7 @@ def run(args, config):
     for number, handler in handlers.items():            # from here on the first Ctrl-C ends it
         signal.signal(number, handler)
     if folder.owner:
-        finish(folder, args, state, stopped, model, corpus.tokenizer)
+        finish(folder, args, step, saved_at - began, stopped, lost, model, corpus.tokenizer)
     if world > 1:
         del train_step                                  # NCCL waits for the graphs that hold its calls
         dist.destroy_process_group()
@@ -664,8 +643,8 @@ def main(argv=None):
         return 130
     except data.DataError as e:
         fail(e)
-    except (MemoryError, RuntimeError) as e:    # on a CPU torch raises a RuntimeError
-        if not out_of_memory(e):
+    except (MemoryError, RuntimeError) as e:    # torch's is a RuntimeError, on a CPU of no kind of its own
+        if isinstance(e, RuntimeError) and not re.search("(out of|allocate|not enough) memory", str(e)):
             raise
         fail("out of memory; lower --batch-size, or raise --grad-accum")
     except OSError as e:        # a full disk, a folder that cannot be written

@@ -29,7 +29,7 @@ p.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
 p.add_argument("--weight-decay", type=float, default=0.1)
 p.add_argument("--warmup-ratio", type=float, default=0.1)
 p.add_argument("--min-lr-ratio", type=float, default=0.1)
-for flag in ("resume", "no-plot", "no-progress", "dry-run", "prepare"):
+for flag in ("resume", "no-plot", "no-progress", "prepare"):
     p.add_argument(f"--{flag}", action="store_true")
 args = p.parse_args()
 if args.lr is None:
@@ -41,11 +41,8 @@ corpus = hashlib.sha256(f"{args.data} {tokens}".encode()).hexdigest()
 data = dict(corpus=args.data, train_sha256=corpus, val_sha256=corpus)
 code = {Path(__file__).name: hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 settings = {key: str(value) if key == "out" else value for key, value in vars(args).items()}
-answer = dict(args=settings, tokens=tokens, steps=args.max_steps)
 if args.prepare:
-    answer |= dict(data=data, code=code)
-if args.dry_run or args.prepare:
-    print(json.dumps(answer))
+    print(json.dumps(dict(args=settings, data=data, code=code, devices=os.environ.get("FAKE_DEVICES", "cpu").split())))
     sys.exit(0)
 
 out = args.out

@@ -148,7 +148,7 @@ def claims(shape, sigma, seeds, factors, above, trials):
             settings.append((("optimum", pair), ("id", i)))
         tables, results, _ = search(loss, settings, seeds=seeds)
         comparisons = sweep.compare_settings(tables)[1]
-        count += any(c["low"] > 0 for c in comparisons)
+        count += any(c["worse"] for c in comparisons.values())
         runs += len(results) / len(settings)
     return count / trials, runs / trials
 

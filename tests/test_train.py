@@ -242,7 +242,7 @@ def test_without_an_interval_a_short_run_saves_only_its_end(monkeypatch):
     save = train.RunFolder.save
 
     def note(folder, name, **value):
-        saved.append((name, value.get("state", {}).get("step")))
+        saved.append((name, value["step"]))
         save(folder, name, **value)
     monkeypatch.setattr(train.RunFolder, "save", note)
     clock = [0.0]
@@ -618,15 +618,24 @@ def test_out_of_memory_is_one_line(message, monkeypatch, capsys):
 
 
 def test_the_settings_are_printed_for_the_sweep(capsys):
-    assert train.main([*SMALL, "--lr", "0.01", "--dry-run"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["args"]["lr"] == 0.01 and found["tokens"] == 20 * 8 * 16 and found["steps"] == 20
     assert train.main([*SMALL, "--lr", "0.01", "--prepare"]) == 0
     prepared = json.loads(capsys.readouterr().out)
+    assert prepared["args"]["lr"] == 0.01 and prepared["devices"] == ["cpu"]
     assert run("as-printed", "--lr", "0.01")[0] == 0
     config = read("as-printed", "config.json")
     assert prepared["data"] == config["data"] and prepared["code"] == config["code"]
-    assert {key for key in config["args"] if config["args"][key] != found["args"][key]} == {"out", "dry_run"}
+    assert {key for key in config["args"] if config["args"][key] != prepared["args"][key]} == {"out", "prepare"}
+
+
+def test_the_devices_that_a_sweep_may_share_its_runs_out_over(monkeypatch, capsys):
+    """As far as it takes no GPU: what is asked for, and what is there."""
+    monkeypatch.setattr(train, "devices", lambda: ["cuda:0", "cuda:1", "cpu"])
+    monkeypatch.setattr(train, "provenance", lambda device: {})
+    monkeypatch.setattr(train, "pick_dtype", lambda name, device: torch.float32)
+    for asked, shared in (("auto", ["cuda:0", "cuda:1"]), ("cuda", ["cuda:0", "cuda:1"]), ("cuda:1", ["cuda:1"]),
+                          ("cpu", ["cpu"])):
+        assert train.main([*SMALL, "--prepare", "--device", asked]) == 0
+        assert json.loads(capsys.readouterr().out)["devices"] == shared
 
 
 def test_several_processes_do_not_share_a_mac(monkeypatch, capsys):
