@@ -190,17 +190,20 @@ def outward(table, plan):
     return start + [(lower, 0)] * bool(down) + [(higher, 0)] * bool(up)
 
 def between(table, plan):
-    """Midpoints, until the neighbours of the best rate are within a factor of 2: of 1.4 where settings are
-    compared, or where a parabola through the three can be lower than the best by three margins (by up to an
-    eighth of what the two are worse, together). --refine halves these, on the log axis."""
+    """Midpoints, until the neighbours of the best rate are within a factor of 2, or of 1.4 where settings are
+    compared: of its root where the seeds could tell what that gains, as a parabola through the three lies
+    below the best by up to an eighth of what the two are worse. --refine halves these, on the log axis."""
     best = lowest(table)
     if not best or not (plan.widen or plan.refine):
         return []
+    factor, least = 2.05, MARGIN / 2    # rates have two digits
+    if len(plan.settings) > 1:
+        factor, least = 1.45, 0
     around = neighbours(table, best)
-    bend = sum(mean(paired(table[lr], table[best]) or [inf]) for lr in around) / 8
-    factor = 2.05   # rates have two digits
-    if len(plan.settings) > 1 or bend > 3 * MARGIN:
-        factor = 1.45
+    gain = sum(mean(paired(table[lr], table[best]) or [inf]) for lr in around) / 8
+    squares, df = noise(table, best)
+    if df and gain > max(least, sqrt(squares / df)):        # more than the noise of a run
+        factor = sqrt(factor)
     far = [lr for lr in around if abs(log(lr / best)) > log(factor) / 2 ** plan.refine]
     middles = [np.clip(sqrt(best * lr), best / 2, best * 2) for lr in far]
     return [(float(f"{lr:.2g}"), 0) for lr in middles]
