@@ -24,6 +24,9 @@ from simulate import GRID, cell, claims, law, search
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = ROOT / "tests/fake_train.py"
 DRAW = plot.draw_run, plot.draw_sweep
+sweep.CONTEXT.set_forkserver_preload(["numpy", "tqdm"])    # fake_train.py needs no torch ...
+sys.modules["__main__"].__spec__ = None     # ... and its processes no pytest, which they would import as their main module
+vars(sys.modules["__main__"]).pop("__file__", None)
 THREE = ["--lrs", "1e-3", "3e-3", "1e-2", "--no-widen", "--seeds", "1", "--max-steps", "12"]
 
 
@@ -62,6 +65,7 @@ def program(cwd, *flags, train=FAKE, before=(), **env):
 
 PROGRAM = """
 import pathlib, sys, plot, sweep
+sweep.CONTEXT.set_forkserver_preload(["numpy", "tqdm"])     # fake_train.py needs no torch
 plot.draw_run = plot.draw_sweep = lambda *args: []
 sweep.TRAIN = pathlib.Path(sys.argv[1])
 sys.exit(sweep.main(sys.argv[2:]))
