@@ -112,8 +112,8 @@ def half_width(differences, squares, df, k):
     return float(t_quantile(1 - 0.025 / k, df) * spread / sqrt(n))
 
 def compare(rows, best, squares, df, k):
-    """{key: how its row {seed: loss} stands beside the best's}, k of them at once. seems: worse, as far as
-    perhaps a single run can tell; worse: shown to be, by two pairs of runs, or by two that diverged."""
+    """{key: how its row {seed: loss} stands beside the best's}, k of them at once. worse: shown to be, by two
+    pairs of runs, or by two that diverged; seems: shown to be, or as far as a single run can tell."""
     found = {}
     for key, row in rows.items():
         d = paired(row, rows[best])
@@ -121,6 +121,7 @@ def compare(rows, best, squares, df, k):
         diverged = list(row.values()).count(inf)
         seems = not d or mean(d) > half or diverged > 1
         worse = seems and max(len(d), diverged) > 1
+        seems = worse or (seems and len(row) == 1)
         verdict = "cannot tell"
         if key == best:
             verdict = "best"
@@ -204,7 +205,7 @@ def between(table, plan):
     around = neighbours(table, best)
     gain = sum(mean(paired(table[lr], table[best]) or [inf]) for lr in around) / 8
     squares, df = noise(table, best)
-    if df and gain > max(least, sqrt(squares / df)):        # more than the noise of a run
+    if df and gain > min(max(least, sqrt(squares / df)), 3 * MARGIN):   # more than the noise of a run, or much
         factor = sqrt(factor)
     far = [lr for lr in around if abs(log(lr / best)) > log(factor) / 2 ** plan.refine]
     middles = [np.clip(sqrt(best * lr), best / 2, best * 2) for lr in far]
