@@ -162,7 +162,7 @@ def test_a_blow_up_is_stopped_at_half_of_the_run_and_what_is_cut_off_is_diverged
 # ------------------------------------------------------------------------------------------------------------
 # Folders of runs
 
-def make_run(dir, lr, seed=0, status="converged", setting="", n=30, experts=0):
+def make_run(dir, lr, seed=0, status="converged", setting="", n=30):
     """A run's folder as train.py writes it; returns the run as sweep.analyse leaves it."""
     dir.mkdir(parents=True)
     kinds = {"unstable": "spike", "slow": "starved", "diverged": "blows up"}
@@ -173,14 +173,13 @@ def make_run(dir, lr, seed=0, status="converged", setting="", n=30, experts=0):
     (dir / "config.json").write_text(json.dumps({"args": args}))
     (dir / "summary.json").write_text(json.dumps({"status": status}))
 
-    shares = [f"share_L0_E{i}" for i in range(experts)]
     with open(dir / "metrics.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, [*COLUMNS, *shares])
+        table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
         for step, loss in enumerate(losses, start=1):
             row = dict(step=step, tokens=100 * step)
             train = dict(lr=lr * (1 - step / 40), train_loss=loss, grad_norm=1.0)
-            table.writerow({**row, **train, **dict.fromkeys(shares, 0.25)})
+            table.writerow(row | train)
             if step % 10 == 1:
                 table.writerow(dict(row, val_loss=loss, val_accuracy=0.1))
     loss = losses[-1]
@@ -197,7 +196,7 @@ def make_insights(runs, use=None, edge=None):
     for run in runs:
         label = run["setting"]
         no_edge = dict(unstable=None, diverged=None)
-        setting = settings.setdefault(label, dict(label=label, best_lr=None, edge=edge or no_edge, rates=[]))
+        setting = settings.setdefault(label, dict(label=label, loss=None, edge=edge or no_edge, rates=[]))
         if run["loss"] is None:
             continue
         loss = run["loss"] if run["status"] != "diverged" else None
@@ -206,9 +205,12 @@ def make_insights(runs, use=None, edge=None):
                    unstable=0, max_grad_norm=2.0, half_width=None, steps_to_loss=loss and 20, verdict="not tested",
                    runs=[[run["seed"], loss, run["status"]]])
         setting["rates"].append(row)
+        setting["loss"] = min([row["val_loss"] for row in setting["rates"] if row["val_loss"]], default=None)
+    settings = {label: s for label, s in settings.items() if s["rates"]}     # those of which a run is over
     if use:
         use = dict(dict(low=None, high=None, seeds=3, loss=3.0), **use, setting=runs[0]["setting"])
-    return dict(use=use, target_loss=4.0, settings=list(settings.values()))
+    insights = dict(use=use, target_loss=4.0, settings=list(settings.values()))
+    return json.loads(json.dumps(insights))     # plain numbers, as sweep.analyse gives
 
 
 @pytest.fixture
@@ -233,18 +235,20 @@ def test_reading_tells_steps_from_evaluations_and_names_what_it_leaves_out(tmp_p
     make_run(tmp_path / "r", 0.1, status="diverged")
     path = tmp_path / "r" / "metrics.csv"
     lines = path.read_text().splitlines(keepends=True)
-    lines[3] = "3,200,0.2,\0\0,7.1,1.0,1000,,,,\n"
-    lines[4] = lines[4].rstrip() + ",7,8\n"     # longer than the header
-    lines[5] = "4,400,0.1,0.09,7.25\n"          # shorter: padded
+    lines[4] = "3,300,0.1,0.09,7.25\n"          # shorter: padded
     lines.append("31,3000,3.1,0.1,9.")          # cut off while it was written
     path.write_text("".join(lines))
     run = plot.read_run(tmp_path / "r")
-    assert list(run["train"]["step"]) == [1, *range(4, 31)]
-    assert run["train"]["train_loss"][1] == 7.25 and np.isnan(run["train"]["grad_norm"][1])
+    assert list(run["train"]["step"]) == [*range(1, 31)]
+    assert run["train"]["train_loss"][2] == 7.25 and np.isnan(run["train"]["grad_norm"][2])
     evaluated = np.isfinite(run["metrics"]["val_loss"])
     assert list(run["metrics"]["step"][evaluated]) == [1, 11, 21]
     assert np.isnan(run["train"]["train_loss"][-1])
-    assert capsys.readouterr().err.count(f"left out: a row of {path}") == 2
+    assert capsys.readouterr().err == ""
+    for damaged in ("4,200,0.2,\0\0,7.1,1.0,1000,,,,\n", lines[5].rstrip() + ",7,8\n"):    # or too long
+        path.write_text("".join([*lines[:5], damaged, *lines[6:]]))
+        assert list(plot.read_run(tmp_path / "r")["train"]["step"]) == [1, 2, 3]    # what comes before
+        assert capsys.readouterr().err.count(f"left out: {path}") == 1
 
 
 def test_the_header_decides_and_new_columns_are_known(tmp_path):
@@ -271,7 +275,7 @@ def test_one_damaged_file_stops_nothing_and_is_named(tmp_path, content, capsys):
     make_run(tmp_path / "good", 3e-3)
     make_run(tmp_path / "bad", 1e-2)
     (tmp_path / "bad/metrics.csv").write_bytes(content)
-    assert [run["name"] for run in plot.read_runs(tmp_path)] == ["good", "bad"]
+    assert [run["name"] for run in plot.read_runs(tmp_path)] == ["good"]
     assert plot.draw_run(tmp_path / "bad") == []
     shutil.copy(tmp_path / "good/metrics.csv", tmp_path / "bad")
     (tmp_path / "bad/summary.json").write_bytes(content.strip(b"[]1"))
@@ -302,11 +306,9 @@ def test_runs_are_read_from_their_curves_where_there_are_no_folders(tmp_path):
 # Pictures
 
 def test_pictures_of_a_run(tmp_path):
-    make_run(tmp_path / "b", 3e-3, status="diverged", experts=12)
-    names = ["loss_curves.png", "lr_schedule.png", "router.png"]
+    make_run(tmp_path / "b", 3e-3, status="diverged")
+    names = ["loss_curves.png", "lr_schedule.png"]
     assert [path.name for path in plot.draw_run(tmp_path / "b")] == names
-    shares = [name for name in plot.read_run(tmp_path / "b")["train"] if name.startswith("share")]
-    assert shares == [f"share_L0_E{i}" for i in range(12)]      # in the order of the columns
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "b").glob("*.png"))
 
 
@@ -338,12 +340,14 @@ def test_a_range_test_is_drawn_with_its_three_readings(tmp_path, drawn):
     plot.draw_run(tmp_path / "r")
     [ax] = drawn["lr_range_test.png"].axes
     assert ax.get_xscale() == "log"
-    assert sum(text.startswith(tuple(readings)) for text in texts(ax.figure)) == 3
+    curve, *marks = ax.lines
+    assert [mark.get_label().split(":")[0] for mark in marks] == list(readings)
+    assert len({mark.get_marker() for mark in marks}) == 3 and max(curve.get_ydata()) < 8    # not up to 47
     assert not plot.range_test_readings(lrs, 7 + lrs)["steepest"] > 1e-3    # it only rises
 
 
 @pytest.mark.parametrize("found", [
-    ["diverged", "diverged"], ["running"], ["slow", "converged", "converged", "unstable", "diverged", "running"]])
+    ["diverged", "diverged"], ["slow", "converged", "converged", "unstable", "diverged", "running"]])
 def test_pictures_of_a_sweep_from_whatever_has_arrived(tmp_path, found):
     runs = []
     for label in ["", "data=$1_\N{GRINNING FACE}\u8a9e"][:1 + (len(found) > 1)]:
@@ -382,16 +386,17 @@ def test_the_shared_picture_says_the_answer_and_its_band_and_edges(tmp_path, dra
     fig = drawn["lr_vs_final_loss.png"]
     written = texts(fig)
     assert "Use 0.003: AdamW, tiny, 3 seeds" in written
-    assert "best: 0.003 " in written and "first diverged: 0.03 " in written
-    assert "the optimum lies here (95%)" in written
+    assert "best: 0.003" in written and "first diverged: 0.03" in written
+    assert "the optimum lies in the shaded band (95%)" in written
     [ax] = fig.axes
     assert ax.get_xscale() == "log" and ax.get_yscale() == "linear"
     best = min(run["loss"] for run in runs)
     low, high = ax.get_ylim()
     assert best - 0.2 < low < best and best + 0.9 < high < best + 1.2
-    assert any("6.4" in text and "↑" in text for text in written)      # the slow one lies above
-    crosses = [line for line in ax.lines if line.get_marker() == "x"]
-    assert [list(line.get_xdata()) for line in crosses] == [[3e-2]] and crosses[0].get_ydata()[0] > 1
+    left, right = ax.get_xlim()
+    marks = {line.get_marker(): line.get_xydata()[0] for line in ax.lines if line.get_marker() in ("x", "^")}
+    assert {marker: rate for marker, (rate, _) in marks.items()} == {"x": 3e-2, "^": 1e-3}    # the slow one: above
+    assert all(best + 1 < level < high and left < rate < right for rate, level in marks.values())
     for figure in drawn.values():
         assert any("Use 0.003" in text for text in texts(figure))      # every picture has a title
 
@@ -411,18 +416,18 @@ def test_an_open_side_of_the_band_reaches_the_edge_of_the_picture(tmp_path, draw
     [ax] = drawn["lr_vs_final_loss.png"].axes
     box = ax.patches[0].get_extents().transformed(ax.transData.inverted())
     left, right = ax.get_xlim()
-    assert box.x0 == pytest.approx(low or left) and box.x1 == pytest.approx(high or right)
+    assert right / left < 100       # the rates, and a margin
+    assert box.x0 == pytest.approx(low) if low else box.x0 < left
+    assert box.x1 == pytest.approx(high) if high else box.x1 > right
 
 
-def test_settings_are_told_by_colour_and_marker_and_the_band_has_its_settings_colour(tmp_path, drawn):
+def test_settings_are_told_by_colour_and_marker(tmp_path, drawn):
     runs = sweep_of_three(tmp_path, ["a=1", "a=2", "a=3"])
     plot.draw_sweep(tmp_path, runs, make_insights(runs, dict(lr=3e-3, low=1e-3, high=1e-2)))
     [ax] = drawn["lr_vs_final_loss.png"].axes
     lines = {line.get_label(): line for line in ax.lines if line.get_label() in ("a=1", "a=2", "a=3")}
     for read in ("get_color", "get_marker"):
         assert len({getattr(line, read)() for line in lines.values()}) == 3
-    import matplotlib.colors
-    assert matplotlib.colors.to_hex(ax.patches[0].get_facecolor()).upper() == lines["a=1"].get_color()
     curves = drawn["lr_sweep_comparison.png"].axes      # against the step: a panel a setting and column
     assert len(curves) == 6 and all(len(ax.lines) == 4 for ax in curves)
 
@@ -446,10 +451,9 @@ def test_diverged_runs_are_dashed_and_do_not_widen_the_axis(tmp_path, drawn):
     plot.draw_sweep(tmp_path, runs, make_insights(runs))
     ax = drawn["lr_sweep_comparison.png"].axes[0]
     assert [line.get_linestyle() for line in ax.lines] == ["-", "--"] and ax.get_ylim()[1] < 9
-    healthy, lost = ax.lines
-    assert healthy.get_marker() == "None" and lost.get_marker() == "x"     # where it ended
     for ax in drawn["detailed_comparison.png"].axes:    # against the rate: the rates tried
         assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.003", "0.01"]
+        assert ax.get_xlim()[1] >= 0.01     # though nothing is drawn at it
 
 
 def test_no_seed_falls_out_of_the_picture_and_two_settings_marks_do_not_overlap(tmp_path, drawn):
@@ -459,9 +463,8 @@ def test_no_seed_falls_out_of_the_picture_and_two_settings_marks_do_not_overlap(
     plot.draw_sweep(tmp_path, runs, insights)
     [ax] = drawn["lr_vs_final_loss.png"].axes
     assert ax.get_ylim()[0] < 2
-    heights = [text.get_position()[1] for text in ax.texts if "↑" in text.get_text()]
-    heights += [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "x"]
-    assert len(set(heights)) == 2 and min(heights) > 1      # above the panel, a line for each setting
+    heights = [line.get_ydata()[0] for line in ax.lines if line.get_marker() in ("x", "^")]
+    assert len(heights) == 4 and len(set(heights)) == 2     # the one above and the one that diverged, twice
 
 
 def test_sharpness_is_its_ratio_to_the_threshold_where_one_is_known(tmp_path, drawn):
@@ -473,20 +476,19 @@ def test_sharpness_is_its_ratio_to_the_threshold_where_one_is_known(tmp_path, dr
     run = dict(plot.read_run(tmp_path / "r"), setting="", loss=3.0)
     plot.draw_sweep(tmp_path, [run], make_insights([run]))
     ax, _ = drawn["sharpness.png"].axes     # the ratio, and the sharpness itself
-    assert ax.get_yscale() == "log" and ax.lines[0].get_ydata()[-1] == pytest.approx(1.99)
-    [ax] = drawn["edge_of_stability.png"].axes
-    low, middle, high = ax.lines[1].get_ydata()
-    assert low < 1.2 and middle == pytest.approx(1.5, abs=0.03) and high > 1.8
+    threshold, ratio = ax.lines
+    assert ax.get_yscale() == "log" and ratio.get_ydata()[-1] == pytest.approx(1.99)
+    assert set(threshold.get_ydata()) == {1}
     path.write_text(f"step,lr,train_loss,{names}\n1,0.003,7,9,50,100\n")      # measured once
     run = dict(plot.read_run(tmp_path / "r"), setting="", loss=3.0)
     plot.draw_sweep(tmp_path, [run], make_insights([run]))
-    assert list(drawn["edge_of_stability.png"].axes[0].lines[1].get_ydata()) == [0.5] * 3
+    assert list(drawn["sharpness.png"].axes[0].lines[1].get_ydata()) == [0.5]
     drawn.clear()
     path.write_text("step,lr,train_loss,sharpness\n1,0.003,7,5\n2,0.003,6,8\n")     # Muon has none
     run = dict(plot.read_run(tmp_path / "r"), setting="", loss=3.0)
     plot.draw_sweep(tmp_path, [run], make_insights([run]))
-    assert list(drawn["sharpness.png"].axes[0].lines[0].get_ydata()) == [5, 8]
-    assert "edge_of_stability.png" not in drawn
+    [ax] = drawn["sharpness.png"].axes
+    assert list(ax.lines[0].get_ydata()) == [5, 8]
 
 
 def test_the_table_has_the_analysis_columns_and_no_empty_words(tmp_path, drawn):
@@ -494,18 +496,36 @@ def test_the_table_has_the_analysis_columns_and_no_empty_words(tmp_path, drawn):
     insights = make_insights(runs, dict(lr=3e-3))
     insights["settings"][0]["rates"][0].update(half_width=0.0123, worse_by=0.5)
     plot.draw_sweep(tmp_path, runs, insights)
-    table = "\n".join(texts(drawn["summary_table.png"]))
-    for word in ("learning rate", "seeds", "loss", "worse by", "verdict", "bits a byte", "0.500 ± 0.012"):
-        assert word in table
+    [table] = drawn["summary_table.png"].axes[0].tables
+    cells = {place: cell.get_text().get_text() for place, cell in table.get_celld().items()}
+    head, first = ([cells[row, column] for column in range(8)] for row in (0, 1))
+    assert head == ["", "learning rate", "seeds", "verdict", "loss", "bits a byte", "worse by", "\u00b1"]
+    assert first == ["", "0.001", "1", "not tested", "6.424", "6.424", "0.500", "0.012"]
+    table = "\n".join(cells.values())
     for word in ("nan", "None", "True", "["):
         assert word not in table
+
+
+def test_no_panel_title_or_legend_overlaps_another_or_is_cut(tmp_path, drawn, monkeypatch):
+    runs = sweep_of_three(tmp_path, ["a=a_rather_long_value,b=0.1234", "a=a_rather_long_value,b=0.5678"])
+    edge = dict(unstable=dict(lr=1e-2), diverged=dict(lr=3e-2))
+    plot.draw_sweep(tmp_path, runs, make_insights(runs, dict(lr=3e-3, low=1e-3, high=1e-2), edge))
+    monkeypatch.undo()
+    plot.save(drawn, tmp_path)
+    for name in ("lr_vs_final_loss.png", "lr_sweep_comparison.png", "detailed_comparison.png"):
+        fig = drawn[name]
+        title, [legend] = fig.texts[0], fig.legends
+        boxes = [title.get_window_extent(), legend.get_window_extent(), *(ax.get_tightbbox() for ax in fig.axes)]
+        for i, box in enumerate(boxes):
+            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= fig.bbox.x1 + 1 and box.y1 <= fig.bbox.y1 + 1, name
+            assert not any(box.overlaps(other) for other in boxes[:i]), name
 
 
 @pytest.mark.parametrize("n", [1, 50, 51, 199, 5000])
 def test_curves_are_thinned_to_at_most_fifty_points_and_keep_their_end(n):
     steps = np.arange(1.0, n + 1)
     points = plot.points(dict(metrics=dict(step=steps, loss=steps)), "loss")
-    block = math.ceil(n / 50)
+    block = n // 51 + 1
     assert points.shape[1] <= 50 and points.shape[1] >= min(n, 25)
     assert points[0, -1] == n - (block - 1) / 2 and (points[0] == points[1]).all()
 
@@ -517,7 +537,7 @@ def test_the_program_draws_a_run_whatever_jupyter_sets_and_starts_the_report_of_
     make_run(tmp_path / "sweep" / "run", 3e-3)
     for name in ("plot.py", "data.py"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "sweep.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)")
+    (tmp_path / "sweep.py").write_text("def main(argv):\n    print(argv)\n    return 3")
 
     def python(folder):
         env = dict(os.environ, MPLBACKEND="module://matplotlib_inline.backend_inline")
@@ -532,7 +552,7 @@ def test_a_picture_that_cannot_be_written_is_named_and_drawn_the_next_time(tmp_p
     make_run(tmp_path / "run", 3e-3)
     (tmp_path / "run" / "lr_schedule.png").mkdir()      # cannot be written over
     assert [path.name for path in plot.draw_run(tmp_path / "run")] == ["loss_curves.png"]
-    assert "not drawn" in capsys.readouterr().err
+    assert f"left out: {tmp_path / 'run' / 'lr_schedule.png'}" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.tmp*"))
     (tmp_path / "run" / "lr_schedule.png").rmdir()
     assert len(plot.draw_run(tmp_path / "run")) == 2

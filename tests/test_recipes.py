@@ -54,7 +54,6 @@ def edited(tmp_path, monkeypatch, text_folder):
         for file, diff in recipes()[title]:
             path = tmp_path / file
             path.write_text(apply(diff, path.read_text(encoding="utf-8")), encoding="utf-8")
-        monkeypatch.setenv("NANOLR_TRAIN", str(tmp_path / "train.py"))
         monkeypatch.syspath_prepend(tmp_path)
         importlib.invalidate_caches()
         for name in FILES:      # the unedited ones may have come back
@@ -162,6 +161,6 @@ def test_a_flag_of_the_model_can_be_swept(edited, capsys):
 
 
 def test_a_preset(edited, capsys):
-    assert edited("A preset").train.main(["--preset", "wide", "--dry-run"]) == 0
+    assert edited("A preset").train.main(["--preset", "wide", "--prepare", "--data", "text.txt"]) == 0
     args = json.loads(capsys.readouterr().out)["args"]
     assert args["d_model"] == 128 and args["lr"] == 0.005
