@@ -1,19 +1,15 @@
-"""
-Text in, batches of token ids out.
+"""Text in, batches of token ids out.
 
 A corpus is a list of documents. Those with the lowest hashes, 5% of the bytes, are for validation; byte pair
 encoding (BPE; Sennrich et al. 2016, on bytes Radford et al. 2019) is trained on the others. It starts from
 the 256 bytes, and again and again makes the most frequent pair of neighbours a new token. Merges never cross
-a piece, such as a word with its leading space: equal pieces are counted and merged once.
+a piece, such as a word with its leading space: equal pieces are counted and merged once. The ids are those
+of Hugging Face's `tokenizers`, but for pieces of over 1,000 characters and letters newer than this Python.
 
     python data.py stdlib                         # the running Python's own library: no network
     python data.py my.txt --vocab-size 1000       # or .jsonl with a "text" a line, or a folder of files
     python data.py tinystories --tokens 40000000  # from the Hugging Face hub, as much as so many tokens need
-
-prepares a corpus under data/. The ids are those of Hugging Face's `tokenizers`, but for pieces of over 1,000
-characters and letters newer than this Python's Unicode.
 """
-
 import argparse
 import codecs
 import csv
@@ -41,10 +37,10 @@ import numpy as np
 from tqdm import tqdm
 
 EOT = "<|endoftext|>"
-QUIET = None if sys.stderr else True  # for tqdm's disable; None: a bar only on a terminal
+progress = partial(tqdm, disable=None if sys.stderr else True)  # None: a bar only on a terminal
 
 class DataError(ValueError):
-    """Bad input, in one line: what is wrong, with which value, and what to do."""
+    """One line for the user: what is wrong, with which value, and what to do."""
 
 def say(line, file=None, end="\n"):
     """Print a line, whatever the console: what it cannot show is escaped, one that is gone gets nothing."""
@@ -55,74 +51,66 @@ def say(line, file=None, end="\n"):
     except Exception:
         with suppress(Exception):  # what is left in its buffer goes nowhere, or Python ends with status 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
 say_once = lru_cache(say)
 
 # Tokenizer: text to ids and back ------------------------------------------------------------------
-
 # GPT-2 writes each byte as a printable character: its own of Latin-1 or, where that has none, U+0100 and on.
 spare = map(chr, range(256, 512))
 BYTE_TO_CHAR = [chr(b) if b > 32 and chr(b).isprintable() else next(spare) for b in range(256)]
 CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 
-# What a tokenizer.json may say (under any other key nothing): pieces as in GPT-2, in older
-# files, or with each digit for itself.
+# What a tokenizer.json may hold: pieces as in GPT-2 (older files name no regex), or each digit for itself.
 OLD = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 GPT2 = {**OLD, "use_regex": True}
 COSMO2 = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2]}
 ALLOWED = {"pre_tokenizer": [OLD, GPT2, COSMO2], "type": ["BPE"]}
-NOTHING = [None, False, ""]
-ANYTHING = ("version model vocab merges unk_token added_tokens id content special normalized decoder "
-            "post_processor").split()
+ANY = "version model vocab merges unk_token added_tokens id content special normalized decoder post_processor"
+
+# GPT-2's 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ as Python has it: \w is
+# L, N and "_", \d is N but for NUMBERS, \s has U+001C to U+001F, too. A piece has up to 1,000 characters.
+PATTERN = (r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_NUMBERS]{1,1000}| ?[\dNUMBERS]{1,1000}| ?(?:[^\w\s]|[_\x1c-\x1f])"
+           r"{1,1000}|[^\S\x1c-\x1f]{1,1000}(?![\S\x1c-\x1f])|[^\S\x1c-\x1f]{1,1000}")
+DIGITS = r"[\dNUMBERS]|[^\S\x1c-\x1f]{1,1000}(?=[\dNUMBERS])|"
 
 def pieces(text, single_digits=False):
-    r"""A list of str: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ of GPT-2.
-    Python has no \p: its \w is L, N and "_", its \d a part of N; its \s has U+001C to U+001F, which are no
-    spaces. A piece ends at 1,000 characters: merging a million would take hours."""
+    """A list of str: words and numbers with the space before them, signs, spaces."""
     rare = set("" if text.isascii() else text)
     numbers = "".join(sorted(c for c in rare if unicodedata.category(c) in ("No", "Nl")))
-    digit = rf"[\d{numbers}]"
-    spaces = r"[^\S\x1c-\x1f]{1,1000}"
-    pattern = rf"'(?:[stmd]|re|ve|ll)| ?[^\W\d_{numbers}]{{1,1000}}| ?{digit}{{1,1000}}"
-    pattern += rf"| ?(?:[^\w\s]|[_\x1c-\x1f]){{1,1000}}|{spaces}(?![\S\x1c-\x1f])|{spaces}"
-    if single_digits:
-        pattern = rf"{digit}|{spaces}(?={digit})|{pattern}"
-    return re.findall(pattern, text)
+    return re.findall((DIGITS * single_digits + PATTERN).replace("NUMBERS", numbers), text)
 
 class Tokenizer:
     """Byte-level BPE from the content of a tokenizer.json. vocab_size: 1 + the largest id. DataError, which
     names the part, where the `tokenizers` library could give other ids."""
     def __init__(self, spec):
-        model, added = spec["model"], spec["added_tokens"]
-        keys = [(part, key) for part in [spec, model, *added] for key in part if key not in ANYTHING]
-        odd = [key for part, key in keys if part[key] not in ALLOWED.get(key, NOTHING)]
-        if odd:
-            raise DataError(f"its {', '.join(odd)} may give other ids here")
-        self.spec = spec
-        self.single_digits = spec["pre_tokenizer"] == COSMO2
+        self.spec, model, added = spec, spec["model"], spec["added_tokens"]
+        for part in [spec, model, *added]:
+            for key in part:
+                if key not in ANY.split() and part[key] not in ALLOWED.get(key, [None, False, ""]):
+                    raise DataError(f"its {key} may give other ids here")
         self.special = {token["content"]: token["id"] for token in added if token["content"]}
+        self.split = re.compile(f"({'|'.join(map(re.escape, sorted(self.special, reverse=True)))})").split
         self.eot = self.special[EOT]
         vocab = model["vocab"] | self.special
         self.vocab_size = max(vocab.values()) + 1
-        unknown = vocab.get(model.get("unk_token"))  # None: a byte that is no token is left out
-        self.byte_ids = [vocab.get(char, unknown) for char in BYTE_TO_CHAR]
         self.bytes = [b""] * self.vocab_size  # of each id
         for token, i in vocab.items():
-            self.bytes[i] = bytes(CHAR_TO_BYTE[char] for char in token)
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        self.ranks = {(vocab[first], vocab[second]): rank for rank, (first, second) in enumerate(merges)}
-        self.merged_ids = [vocab[first + second] for first, second in merges]  # of each rank
-        made = {token: rank for rank, token in enumerate(self.merged_ids)}  # by which merge
-        if any(made.get(token, -1) >= rank for pair, rank in self.ranks.items() for token in pair):
-            raise DataError("its merges are out of order: one of them comes before what it is made of")
-        longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
-        self.split = re.compile(f"({'|'.join(longest_first)})").split
+            self.bytes[i] = bytes(map(CHAR_TO_BYTE.get, token))
+        unknown = vocab.get(model.get("unk_token"))  # None: a byte that is no token is left out
+        self.byte_ids = [vocab.get(char, unknown) for char in BYTE_TO_CHAR]
+        self.ranks, self.merged_ids, used = {}, [], set()  # of a pair of ids, of a rank
+        for merge in model["merges"]:
+            first, second = merge.split(" ") if isinstance(merge, str) else merge
+            self.ranks[vocab[first], vocab[second]] = len(self.merged_ids)
+            self.merged_ids.append(vocab[first + second])
+            used |= {first, second}
+            if first + second in used:
+                raise DataError("its merges are out of order: one comes before what it is made of")
         self.encode_piece = lru_cache(1 << 18)(self.merge)  # bounded: there is no end of rare pieces
 
     @classmethod
     def load(cls, path):
         try:
-            return cls(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls(json.loads(Path(path).read_bytes()))
         except Exception as e:  # anything may be wrong with a file made elsewhere
             raise DataError(f"{path} is no tokenizer.json that can be used ({e!r}): replace it") from None
 
@@ -149,11 +137,12 @@ class Tokenizer:
             if part in self.special:
                 ids.append(self.special[part])
             else:
-                ids.extend(chain.from_iterable(map(self.encode_piece, pieces(part, self.single_digits))))
+                found = pieces(part, self.spec["pre_tokenizer"] == COSMO2)
+                ids += chain.from_iterable(map(self.encode_piece, found))
         return ids
 
     def decode(self, ids):
-        return b"".join(self.bytes[i] for i in ids).decode("utf-8", errors="replace")
+        return b"".join(self.bytes[i] for i in ids).decode(errors="replace")
 
 def places(pair, word):
     """Where a pair of neighbours stands in a word, from the left. It may be merged there on the way."""
@@ -180,7 +169,7 @@ def train_bpe(piece_counts, vocab_size):
     queue = [(-n, pair) for pair, n in counts.items()]
     heapify(queue)
     merges = []
-    for new in tqdm(range(len(tokens), vocab_size), "merging", disable=QUIET):
+    for new in progress(range(len(tokens), vocab_size), "merging"):
         # The most frequent pair: the first in the queue whose count is still right.
         while queue and -queue[0][0] != counts[queue[0][1]]:
             heappop(queue)
@@ -210,22 +199,20 @@ def train_bpe(piece_counts, vocab_size):
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
     return Tokenizer(dict(version="1.0", added_tokens=[eot], pre_tokenizer=GPT2, decoder=GPT2, model=model))
 
-# Corpora: their documents, those for validation or [], their tokenizer or None ---------------------
-
-# Where the environment may name mirrors: of the hub, of its server of rows (cosmopedia).
-HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+# Corpora: their documents, those for validation or [], their tokenizer or None --------------------
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")  # or a mirror of it
 ROWS = os.environ.get("HF_ROWS_ENDPOINT", "https://datasets-server.huggingface.co").rstrip("/")
 REVISION = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"  # of TinyStories: a revision never changes
 
 def receive(url, part, n_bytes):
     """Append to a file what one answer brings of the first n_bytes. ConnectionError: that was not all."""
-    with open(part, "ab") as raw, tqdm.wrapattr(raw, "write", desc=part.stem, disable=QUIET) as file:
+    with open(part, "ab") as file, progress(desc=part.stem, unit="B", unit_scale=True) as bar:
         headers = {"User-Agent": "nanoLR", "Range": f"bytes={file.tell()}-{n_bytes - 1}"}
         with urlopen(Request(url, headers=headers), timeout=30) as response:
             if response.status != 206:  # a server that ignores Range starts from the beginning
                 file.seek(file.truncate(0))
             while chunk := response.read(min(1 << 18, n_bytes - file.tell())):
-                file.write(chunk)
+                bar.update(file.write(chunk))
             if response.length and file.tell() < n_bytes:
                 raise ConnectionError(f"{response.length:,} bytes of the answer are missing")
 
@@ -240,12 +227,12 @@ def download(url, path, n_bytes=10**15):
             except Exception as e:  # anything can go wrong in a network
                 wait = 0
                 if getattr(e, "code", 0) == 429:  # too many requests; it says `60` or `"api";r=0;t=60`
-                    said = e.headers.get("Retry-After") or e.headers.get("RateLimit") or ""
-                    wait = max(1, int(re.search(r"\d*$", said)[0] or 300))
+                    said = re.findall(r"(?mi)^(?:Retry-After|RateLimit): .*?(\d+)$", str(e.headers))
+                    wait = max(1, int([*said, 300][0]))
                     e = f"limited, run again in {wait} s"
                 if not 0 < wait < 300:
                     raise DataError(f"cannot fetch {path.name} from {url} ({e}): run again, put it at {path} "
-                                    "by hand, or use --data stdlib, which needs no network") from None
+                                    "by hand, or use --data stdlib") from None
                 say(f"{path.name}: too many requests; going on in {wait} s", sys.stderr)
                 time.sleep(wait)
     return path
@@ -253,9 +240,9 @@ def download(url, path, n_bytes=10**15):
 def tinystories(folder, megabytes, vocab_size):
     """Short stories in the words of small children (Eldan & Li 2023), as GPT-4 wrote them: 2.2 GB."""
     url = f"{HUB}/datasets/roneneldan/TinyStories/resolve/{REVISION}/TinyStoriesV2-GPT4"
-    val = download(f"{url}-valid.txt", folder / "TinyStoriesV2-GPT4-valid.txt")
-    train = folder / f"TinyStoriesV2-GPT4-train-{megabytes}MB.txt"
-    download(f"{url}-train.txt", train, megabytes << 20)
+    val = download(url + "-valid.txt", folder / "TinyStoriesV2-GPT4-valid.txt")
+    path = folder / f"TinyStoriesV2-GPT4-train-{megabytes}MB.txt"
+    train = download(url + "-train.txt", path, megabytes << 20)
     whole = train.read_text("utf-8", "ignore").rpartition(EOT)[0]  # what follows may be half a story
     return documents_in(whole), documents_in(val.read_text("utf-8", "ignore")), None
 
@@ -263,10 +250,10 @@ def cosmopedia(folder, megabytes, vocab_size):
     """Synthetic textbooks and posts (Ben Allal et al. 2024); the published tokenizer, if of that size."""
     text, tokenizer = "", None
     if vocab_size == 49_152:
-        url = f"{HUB}/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json"
+        url = HUB + "/HuggingFaceTB/cosmo2-tokenizer/resolve/main/tokenizer.json"
         tokenizer = Tokenizer.load(download(url, folder / "cosmo2-tokenizer.json"))
     say(f"about {3 * megabytes + 1} requests, less what is here; 500 in 5 minutes are allowed", sys.stderr)
-    url = f"{ROWS}/rows?dataset=HuggingFaceTB%2Fsmollm-corpus&config=cosmopedia-v2&split=train&length=100"
+    url = ROWS + "/rows?dataset=HuggingFaceTB%2Fsmollm-corpus&config=cosmopedia-v2&split=train&length=100"
     for offset in range(0, 10**9, 100):
         page = download(f"{url}&offset={offset}", folder / f"cosmopedia-v2-rows-{offset}.json")
         rows = json.loads(page.read_bytes())["rows"]
@@ -274,145 +261,126 @@ def cosmopedia(folder, megabytes, vocab_size):
         if len(rows) < 100 or len(text) > megabytes << 20:
             break
     return documents_in(text), [], tokenizer
-
 NETWORK = {"tinystories": tinystories, "cosmopedia": cosmopedia}
 
 def files_of(name):
-    """The sorted paths of a text file, of the files in a folder, or of the standard library's source. Hidden
-    files, logs, runs/ and folders that this program made (they hold a .lock) are no text."""
+    """The sorted paths of a text file, of the files in a folder, or of the standard library's source."""
     root, suffix, skip = os.path.abspath(name or " "), "", r"\..*|__pycache__|runs|.*\.(log|out)"
     if name == "stdlib":
         root, suffix = os.path.dirname(os.__file__), ".py"
         skip += "|tests?|idle_test|(site|dist)-packages"
-    found = [root]
+    is_text, paths = re.compile(rf"(?s)(?!({skip})\Z).*").fullmatch, [root]
     for folder, subfolders, names in os.walk(root):
-        if ".lock" in names:
+        if ".lock" in names:  # made by these programs
             names = subfolders[:] = []
-        subfolders[:] = [name for name in subfolders if not re.fullmatch(skip, name)]
-        names = [name for name in names if name.endswith(suffix) and not re.fullmatch(skip, name)]
-        found += [os.path.join(folder, name) for name in names]
+        subfolders[:] = filter(is_text, subfolders)
         for link in filter(os.path.islink, [os.path.join(folder, name) for name in subfolders]):
             say_once(f"not followed: {link!r} is a link to a folder", sys.stderr)
-    found = sorted(filter(os.path.isfile, found))
+        paths += [os.path.join(folder, name) for name in filter(is_text, names)]
+    found = sorted(path for path in paths if path.endswith(suffix) and os.path.isfile(path))
     if not found:
         raise DataError(f"unknown corpus {name!r}: use stdlib, tinystories, cosmopedia or a path with text")
     return found
 
 def documents_in(text):
     """What stands between <|endoftext|>, in one form, so that copies are equal."""
-    text = text.encode("utf-8", "replace").decode()  # without lone surrogates, which JSON can hold
-    text = text.replace("\r\n", "\n").replace("\ufeff", "")
-    return list(filter(None, map(str.strip, text.split(EOT))))
-
-def read(path):
-    """The documents of a file. ValueError: it is no text."""
-    content = Path(path).read_bytes()
-    text = codecs.utf_8_decode(content, "strict", False)[0]  # without half a character at its end
-    if "\0" in text:
-        raise ValueError("binary")
-    if path.endswith(".jsonl"):
-        whole = [line for line in text.lstrip("\ufeff").split("\n") if line.strip().endswith("}")]
-        text = EOT.join(json.loads(line).get("text") or "" for line in whole)
-    return documents_in(text)
+    text = text.encode("utf-8", "replace").decode().replace("\ufeff", "")  # JSON can hold lone surrogates
+    return list(filter(None, map(str.strip, text.replace("\r\n", "\n").split(EOT))))
 
 def read_all(files):
     """The documents of all files. A lone one is cut at ends of lines, so that some can be held out."""
     documents, left_out = [], []
     for path in files:
-        try:
-            documents += read(path)
-        except (OSError, ValueError, MemoryError):
+        try:  # an incremental decoder drops half a character at the end of a file that was cut
+            text = codecs.getincrementaldecoder("utf-8-sig")().decode(Path(path).read_bytes())
+            if "\0" in text:
+                raise ValueError("binary")
+            if path.endswith(".jsonl"):
+                rows = [json.loads(line) for line in text.split("\n") if line.strip().endswith("}")]
+                text = EOT.join(row.get("text") or "" for row in rows)
+            documents += documents_in(text)
+        except Exception:  # also: no right to read it, larger than the memory
             left_out.append(path)
     if left_out:
-        line = (f"left out: no UTF-8 text: {len(left_out)} files, such as {left_out[:1]} (gunzip a .gz; "
+        line = (f"no UTF-8 text: {len(left_out)} files, such as {left_out[:1]} (gunzip a .gz; "
                 "iconv -f UTF-16 or -f LATIN1 -t UTF-8 converts others)")
         if not documents:
             raise DataError(line)
-        say(line, sys.stderr)
+        say("left out: " + line, sys.stderr)
     if len(documents) == 1:
         size = min(max(len(documents[0]) // 64, 128), 8192)
-        cut = re.findall(rf"(?s).{{1,{size}}}(?<=\n)|.{{1,{size}}}", documents[0])
+        cut = re.findall(rf"(?s).{{1,{size}}}(?<=\n)|.{{1,{size}}}", *documents)
         documents = documents_in(EOT.join(cut))
     return documents, [], None
 
 # Preparing: documents go to one process a core ----------------------------------------------------
-
 def choose_validation(documents):
     """The set of documents to validate on: of the lowest hashes, those that fit into 5% of the bytes."""
     sizes = {document: len(document.encode()) for document in documents}
-    room = sum(sizes.values()) // 20
-    chosen = set()
+    chosen, room = set(), sum(sizes.values()) // 20
     for document in sorted(sizes, key=lambda document: hashlib.blake2b(document.encode()).digest()):
         if sizes[document] <= room:
             chosen.add(document)
             room -= sizes[document]
     return chosen or set(sorted(sizes, key=sizes.get)[:1])  # of a few large ones the smallest
 
-def count(batch):
-    """How often each piece occurs in some documents."""
+def count(batch):  # how often each piece occurs in some documents
     return Counter(chain.from_iterable(map(pieces, batch)))
 
 load_tokenizer = lru_cache(1)(Tokenizer.load)  # once in each process
-
-def encode(batch, tokenizer_path):
-    """The ids of some documents, as little-endian uint16."""
-    ids = load_tokenizer(tokenizer_path).encode(EOT.join([*batch, ""]))
-    return np.array(ids, "<u2").tobytes()
+def encode(batch, tokenizer_path):  # the ids of some documents, as little-endian uint16
+    return np.array(load_tokenizer(tokenizer_path).encode(EOT.join([*batch, ""])), "<u2").tobytes()
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def start_worker():
-    """Ctrl-C is for the parent to handle; its end, however it comes, is its workers' end."""
+def start_worker():  # Ctrl-C is for the parent to handle; its end, however it comes, is its workers' end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
-def parallel(pool, work, documents, title):
+def parallel(work, documents, title):
     """What work gives for each batch of documents, in their order, with a bar."""
     batches = [documents[i:i + 50] for i in range(0, len(documents), 50)]
-    return tqdm(pool.map(work, batches), title, len(batches), disable=QUIET)
-
-def prepare(documents, val, tokenizer, vocab_size, folder, label):
-    """Fill a folder with tokenizer.json, train.bin, val.bin and meta.json. Where no val or tokenizer came
-    with the corpus, some documents are held out, and the tokenizer is trained."""
-    held_out = set(val) or choose_validation(documents)
-    sides = {"train": [document for document in documents if document not in held_out],
-             "val": val or [document for document in documents if document in held_out]}
-    if not all(sides.values()):
-        raise DataError(f"{label} needs two different documents of UTF-8 text")
     pool = ProcessPoolExecutor(min(cores(), 16), initializer=start_worker)
     try:
-        if tokenizer is None:
-            counts = Counter()
-            for part in parallel(pool, count, sides["train"], "counting"):
-                counts.update(part)
-            tokenizer = train_bpe(counts, vocab_size)
-            if tokenizer.vocab_size < vocab_size:
-                say(f"the text gives {tokenizer.vocab_size:,} of {vocab_size:,} tokens", sys.stderr)
-        path = folder / "tokenizer.json"
-        write_json(path, tokenizer.spec)
-        meta = {"corpus": label, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": sha256(path)}
-        for side, documents in sides.items():
-            ids = b"".join(parallel(pool, partial(encode, tokenizer_path=path), documents, side))
-            write_aside(folder / f"{side}.bin", ids)
-            meta[f"{side}_bytes"] = sum(len(document.encode()) for document in documents)
-            meta[f"{side}_tokens"] = len(ids) // 2
-            meta[f"{side}_sha256"] = sha256(folder / f"{side}.bin")
+        yield from progress(pool.map(work, batches), title, len(batches))
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C nobody waits for the rest
+
+def prepare(documents, val, tokenizer, vocab_size, folder, label):
+    """Fill a folder. Without val, documents are held out; without a tokenizer, one is trained."""
+    held_out = set(val) or choose_validation(documents)
+    train = [document for document in documents if document not in held_out]
+    val = val or [document for document in documents if document in held_out]
+    if not train or not val:
+        raise DataError(f"{label} needs two different documents of UTF-8 text")
+    if not tokenizer:
+        counts = Counter()
+        for part in parallel(count, train, "counting"):
+            counts.update(part)
+        tokenizer = train_bpe(counts, vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        say(f"the text gives {tokenizer.vocab_size} of {vocab_size} tokens", sys.stderr)
+    path = folder / "tokenizer.json"
+    write_json(path, tokenizer.spec)
+    meta = {"corpus": label, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": sha256(path)}
+    for side, documents in ("train", train), ("val", val):
+        ids = b"".join(parallel(partial(encode, tokenizer_path=path), documents, side))
+        write_aside(folder / f"{side}.bin", ids)
+        meta[f"{side}_bytes"] = sum(len(document.encode()) for document in documents)
+        meta[f"{side}_tokens"] = len(ids) // 2
+        meta[f"{side}_sha256"] = sha256(folder / f"{side}.bin")
     write_json(folder / "meta.json", meta)  # the last: without it, no corpus
 
 # Loading: a prepared corpus, its batches and its validation windows -------------------------------
-
 def sha256(path):
-    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
+    return hashlib.sha256(np.memmap(path, "u1", "r")).hexdigest()
 
 class Corpus:
     """A prepared folder: tokenizer, train and val ((n,) uint16 ids, mapped from the files), token_bytes
     ((vocab_size,), how many an id stands for, 0 for <|endoftext|>), and meta."""
     def __init__(self, folder):
-        self.folder = folder
-        self.meta = json.loads((folder / "meta.json").read_bytes())
+        self.folder, self.meta = folder, json.loads((folder / "meta.json").read_bytes())
         for file in "tokenizer.json", "train.bin", "val.bin":
             if sha256(folder / file) != self.meta[f"{Path(file).stem}_sha256"]:
                 raise DataError(f"{folder / file} is damaged")
@@ -423,13 +391,11 @@ class Corpus:
         self.val = np.memmap(folder / "val.bin", "<u2", "r")
 
 def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
-    """The corpus `name` (stdlib, tinystories, cosmopedia or a path) with at most vocab_size tokens, prepared
-    under `cache` unless it is there. Fetches no more than n_tokens need. DataError: for the user to mend."""
+    """The corpus `name`, prepared under `cache` unless it is there; fetches no more than n_tokens need."""
     if not 257 <= vocab_size <= 65536:
-        raise DataError(f"a vocabulary of {vocab_size:,} is not possible: use 257 (bytes, {EOT}) to 65,536")
-    cache = Path(os.path.abspath(cache))
-    if name in NETWORK:
-        # 5 bytes a token; to two digits, so that runs of nearly the same budget share a folder.
+        raise DataError(f"a vocabulary of {vocab_size} is not possible: use 257 to 65,536")
+    cache = Path(cache).absolute()
+    if name in NETWORK:  # 5 bytes a token; to two digits, so that nearly the same budgets share a folder
         megabytes = int(float(f"{n_tokens * 5 / 2**20 + 1:.1e}"))
         label, content = f"{name}-{megabytes}MB", REVISION
         read_corpus = partial(NETWORK[name], cache / "downloads", megabytes, vocab_size)
@@ -446,14 +412,12 @@ def load(name, vocab_size, n_tokens=1_000_000, cache="data"):
                 return Corpus(folder)
             prepare(*read_corpus(), vocab_size, folder, label)
             return Corpus(folder)
-    except BrokenExecutor:
-        raise DataError("a process that prepared the text was killed (out of memory?): run again") from None
-    except OSError as e:
-        raise DataError(f"cannot use {cache}, which must be a folder to write to: {e}") from None
+    except (BrokenExecutor, OSError) as e:  # a killed worker; a full disk
+        raise DataError(f"cannot prepare {folder}: {e}") from None
 
 def write_aside(path, content):
     """Under another name first, down to the disk: neither a reader nor a loss of power sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(path.parent, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:
@@ -487,10 +451,10 @@ def catch_stops(handler):
 def lock(folder, wait=False):
     """Own a folder until the returned file is closed or this process ends. wait: for another owner to end."""
     os.makedirs(folder, exist_ok=True)
-    file = open(os.path.join(folder, ".lock"), "a+")
+    file = open(f"{folder}/.lock", "a+")
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
     except BlockingIOError:
         file.seek(0)
         raise DataError(f"{folder} is in use by process {file.read()}: wait, or stop it") from None
@@ -501,36 +465,32 @@ def lock(folder, wait=False):
     return file
 
 def batch_at(tokens, starts, context_length):
-    """x, y: (B, T) int64 tensors on the CPU, the windows of tokens that start at starts (B,); y one later."""
     import torch  # not on top: the processes that prepare a corpus need none
     if len(tokens) <= context_length:
-        raise DataError(f"only {len(tokens):,} tokens: use --context-length {len(tokens) - 1} or less")
-    both = tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64)
-    return torch.from_numpy(both[:, :-1].copy()), torch.from_numpy(both[:, 1:].copy())
+        raise DataError(f"only {len(tokens)} tokens: use --context-length {len(tokens) - 1} or less")
+    both = tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64)  # (B, T + 1)
+    return torch.tensor(both[:, :-1]), torch.tensor(both[:, 1:])  # x and y, one later: (B, T)
 
 def get_batch(tokens, batch_size, context_length, seed, step):
-    """x, y: (batch_size, context_length) int64, drawn by a counter-based generator (Philox, Salmon et al.
-    2011) with the key (seed, step): every rate sees the same batches, and resuming needs no state of it."""
-    random = np.random.Generator(np.random.Philox(key=seed % 2**64 + (step << 64)))
+    """x, y: (batch_size, context_length) int64: the same for every rate, and in a run that is resumed."""
+    random = np.random.Generator(np.random.Philox(key=seed % 2**64 + (step << 64)))  # Salmon et al. 2011
     starts = random.integers(0, max(len(tokens) - context_length, 1), batch_size)
     return batch_at(tokens, starts, context_length)
 
 def val_windows(tokens, context_length, max_tokens):
     """x, y: (W, context_length) int64: always the same windows, evenly spread and apart; W >= 1."""
-    starts = np.arange(0, max(len(tokens) - context_length, 1), context_length)
-    n = min(max(max_tokens // context_length, 1), len(starts))
-    return batch_at(tokens, starts[np.arange(n) * len(starts) // n], context_length)
+    there = max((len(tokens) - 1) // context_length, 1)
+    n = min(max(max_tokens // context_length, 1), there)
+    return batch_at(tokens, np.arange(n) * there // n * context_length, context_length)
 
 def main():
-    parser = argparse.ArgumentParser(description="Prepare a corpus and show what a model will see.")
-    parser.error = lambda message: sys.exit(say(f"data.py: {message}", sys.stderr) or 2)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Prepare a corpus and show it.")
     parser.add_argument("name", nargs="?", default="stdlib", help="stdlib, tinystories, cosmopedia or a path")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens, at most (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=10**6, help="to fetch (default: %(default)s)")
-    parser.add_argument("--cache", default="data", help="folder of prepared corpora (default: %(default)s)")
-    args = parser.parse_args()
+    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens, at most (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=10**6, dest="n_tokens", help="to fetch (%(default)s)")
+    parser.add_argument("--cache", default="data", help="folder of prepared corpora (%(default)s)")
     try:
-        corpus = load(args.name, args.vocab_size, args.tokens, args.cache)
+        corpus = load(**vars(parser.parse_args()))
     except DataError as e:
         parser.error(e)
     say(f"{corpus.folder}: {corpus.meta}")
