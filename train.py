@@ -98,10 +98,9 @@ FLAGS = {   # group: {flag: (how to read it, default unless the preset has one, 
         "no-plot": (SWITCH, False, "draw no pictures"),
         "prepare": (SWITCH, False, "prepare the text, print the settings as JSON, and stop")},
 }
-for field in fields(ModelConfig):
-    how = ON_OFF if field.type is bool else within(field.type, 1e-9 if field.default else 0, 1e9)
-    text = field.metadata.get("help", "a field of ModelConfig")
-    FLAGS["model"][field.name.replace("_", "-")] = how, field.default, text
+for f in fields(ModelConfig):
+    how = ON_OFF if f.type is bool else within(f.type, 1e-9 if f.default else 0, 1e9)
+    FLAGS["model"][f.name.replace("_", "-")] = how, f.default, f.metadata.get("help", "of ModelConfig")
 
 def parse_args(argv=None):
     """Command line -> (args, ModelConfig). Defaults are the preset's, which is therefore read first."""
@@ -120,7 +119,7 @@ def parse_args(argv=None):
             group.add_argument(f"--{flag}", default=default, help=text, **how)
     args = p.parse_args(argv)
     try:
-        config = ModelConfig(**{field.name: getattr(args, field.name) for field in fields(ModelConfig)})
+        config = ModelConfig(**{f.name: getattr(args, f.name) for f in fields(ModelConfig)})
     except ValueError as e:
         fail(e)
     # The preset's learning rate was found for its own optimizer and width.
@@ -137,15 +136,12 @@ def devices():
     return gpus + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
 
 def pick_device(name, local_rank=0, world=1):
-    """A torch.device that is really there.
-
-    What is known of Apple's mps, from documentation and reports (nobody here has a Mac):
+    """A torch.device that is really there. What is known of mps, from reports (nobody here has a Mac):
     - it has no float64 and no pinned memory; figures go to the CPU before they become Python's;
     - float32 is the default; bfloat16 needs macOS 14, and nanochat#244 found it no faster;
     - multinomial drew impossible tokens, so that samples are drawn on the CPU (pytorch#192577);
     - gloo cannot sum its tensors, so that torchrun is refused;
-    - gradients of over 32,768 tokens at once can be wrong (pytorch#177116, open): --grad-accum splits them.
-    """
+    - gradients of over 32,768 tokens at once can be wrong (pytorch#177116): --grad-accum splits them."""
     if name == "auto":
         name = devices()[0].split(":")[0]
     if name == "cuda":
@@ -213,11 +209,10 @@ def check_size(args, config, device, world):
     if device.type == "cuda" or not hasattr(os, "sysconf"):     # a GPU says so itself; Windows has no sysconf
         return
     layer = 4 * d * d + 2 * max(1, config.n_experts) * d * config.d_ff
-    weights = 16 * (config.vocab_size * d + config.n_layers * layer)    # bytes, with gradients and averages
-    activations = piece * config.n_layers * (12 * d + 4 * config.d_ff)
-    gib = (weights + activations) / 2**30
-    if gib > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30:
-        fail(f"needs over {gib:,.0f} GiB of memory, more than there is; lower --batch-size or a model size")
+    need = 16 * (config.vocab_size * d + config.n_layers * layer)   # bytes: weights, gradients, averages ...
+    need += piece * config.n_layers * (12 * d + 4 * config.d_ff)    # ... and activations
+    if need > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        fail(f"needs over {need / 2**30:,.0f} GiB of memory, more than there is; lower --batch-size or sizes")
 
 # The folder of a run ------------------------------------------------------------------------------
 
@@ -240,7 +235,7 @@ class RunFolder:
     def __init__(self, args, owner, device):
         name = time.strftime(f"{args.preset}-lr{args.lr:g}-s{args.seed}-%m%d-%H%M%S-{os.getpid()}")
         self.path = Path(args.out or f"runs/single/{name}")
-        self.owner = owner
+        self.args, self.owner = args, owner
         self.config, self.rows, self.columns = {}, [], []
         self.saved = dict(step=0, elapsed=0.0, sums={}, eigenvectors={})
         self.saver = ThreadPoolExecutor(1)      # writes a checkpoint while the next steps run
@@ -251,24 +246,23 @@ class RunFolder:
         if found and not (args.resume and found & {"config.json", "checkpoints"}):
             fail(f"{self.path} holds a run or other files; add --resume to go on, or choose another --out")
         if args.resume:
-            self.config = plot.read_json(self.path / "config.json") or {}
-            self.read_checkpoint(self.path / "checkpoints/last.pt", device)
+            self.read(self.path / "checkpoints/last.pt", device)
             self.refuse_change("args", vars(args))
 
-    def read_checkpoint(self, path, device):
-        """It mends whatever else is damaged in the folder; without one a run begins anew."""
-        if not path.exists():
-            return
-        content = path.read_bytes()     # an error here ends the program and changes nothing
-        try:
-            damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()    # compares a checksum of each tensor
-        except Exception:       # zipfile raises half a dozen kinds
-            damaged = True
-        if damaged:
-            fail(f"{path} is damaged (best.pt beside it may not be): choose another --out, or delete last.pt "
-                 "to begin again")
-        self.saved = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        self.config, self.rows = self.saved["config"], self.saved["rows"]
+    def read(self, last, device):
+        """A checkpoint mends whatever else is damaged in the folder; without one a run begins anew."""
+        self.config = plot.read_json(self.path / "config.json") or {}
+        if last.exists():
+            content = last.read_bytes()     # an error here ends the program and changes nothing
+            try:
+                damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()    # compares the tensors' checksums
+            except Exception:       # zipfile raises half a dozen kinds
+                damaged = True
+            if damaged:
+                fail(f"{last} is damaged (best.pt beside it may not be): choose another --out, or delete "
+                     "last.pt to begin again")
+            self.saved = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+            self.config, self.rows = self.saved["config"], self.saved["rows"]
 
     def refuse_change(self, part, now):
         """A run does not go on with other args, or with other data: compares what both know."""
@@ -287,6 +281,7 @@ class RunFolder:
 
     def open(self, config):
         """Begin the files, or go on with those of the checkpoint; what changed since is said and kept."""
+        self.began = time.perf_counter() - self.saved["elapsed"]
         changes = []
         if self.saved["step"]:
             began = self.config
@@ -308,15 +303,17 @@ class RunFolder:
             with open(self.path / "training.log", "a", encoding="utf-8", errors="backslashreplace") as file:
                 print(line, file=file)
 
-    def log(self, line, **cells):
-        """Say the line, and write a row of metrics.csv; where a column is new, all rows again."""
-        self.say(line)
-        self.rows.append(cells)
-        if not cells.keys() <= set(self.columns):
+    def log(self, step, line, **cells):
+        """Say a line, filled with cells, and write them as a row; where a column is new, all rows again."""
+        self.say(f"step {step}/{self.args.max_steps} | {line.format(**cells)}")
+        tokens = step * self.args.batch_size * self.args.context_length
+        row = dict(step=step, tokens=tokens, elapsed=time.perf_counter() - self.began, **cells)
+        self.rows.append(row)
+        if not row.keys() <= set(self.columns):
             self.write_table()
         elif self.owner:
             with open(self.path / "metrics.csv", "a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(cells)
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     def write_table(self):
         self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
@@ -347,21 +344,10 @@ def evaluate(model, x, y, batch_size, token_bytes):
         total = total + torch.stack((loss * yb.numel(), (logits.argmax(-1) == yb).sum()))
     model.train()
     loss, accuracy = (total / y.numel()).tolist()
-    n_bytes = float(token_bytes[y.cpu().numpy()].sum())
     return dict(val_loss=loss, val_accuracy=accuracy, val_perplexity=math.exp(min(loss, 700)),
-                val_bpb=loss / math.log(2) * y.numel() / n_bytes)
+                val_bpb=loss / math.log(2) * y.numel() / float(token_bytes[y.cpu().numpy()].sum()))
 
 # What a run is made of ----------------------------------------------------------------------------
-
-def open_text(args, config):
-    """The corpus; get_batch(n, step) -> x and y (2, n, T); the validation windows (2, W, T)."""
-    n_tokens = args.data_tokens or args.batch_size * config.context_length * args.max_steps
-    corpus = data.load(args.data, config.vocab_size, n_tokens)
-    def get_batch(n, step):
-        return torch.stack(data.get_batch(corpus.train, n, config.context_length, args.seed, step))
-    get_batch(1, 0)                     # is the text long enough?
-    windows = torch.stack(data.val_windows(corpus.val, config.context_length, args.eval_tokens))
-    return corpus, get_batch, windows
 
 def build(args, config, device, dtype, saved):
     """Model, optimizers and schedule, fresh or as saved, and the step: compiled, where it pays a graph."""
@@ -412,13 +398,13 @@ def means(sums, n_steps):
 def finish(folder, args, step, seconds, stopped, lost, model, tokenizer):
     """The summary, a sample of text, the pictures."""
     status = "interrupted" if stopped else plot.classify(folder.column("train_loss"))
-    names = [name for name in folder.columns if name.startswith(("train_loss", "val_"))]
-    losses = [(row["val_loss"], row["step"]) for row in folder.rows if row.get("val_loss", math.inf) < math.inf]
-    best_val_loss, best_val_step = min(losses, default=(None, None))
+    final = {f"final_{name}": folder.column(name)[-1] for name in folder.columns
+             if name.startswith(("train_loss", "val_"))}
+    losses = {row["val_loss"]: row["step"] for row in folder.rows if row.get("val_loss", math.inf) < math.inf}
+    best = min(losses, default=None)
     data.write_json(folder.path / "summary.json", dict(
-        {f"final_{name}": folder.column(name)[-1] for name in names}, status=status, steps=step, seconds=seconds,
-        best_val_loss=best_val_loss, best_val_step=best_val_step, ended_early=lost,
-        max_grad_norm=float(np.max(folder.column("grad_norm") or [math.nan]))))
+        final, best_val_loss=best, best_val_step=losses.get(best), status=status, steps=step, seconds=seconds,
+        ended_early=lost, max_grad_norm=float(np.max(folder.column("grad_norm") or [math.nan]))))
     speed = step * args.batch_size * args.context_length / seconds
     folder.say(f"{status} at step {step}: {seconds:.0f} s, {speed:,.0f} tok/s")
     if stopped:
@@ -478,7 +464,12 @@ def run(args, config):
 
     # The folder and the text. Of several processes one prepares the text, and the others wait for it.
     folder = RunFolder(args, rank == 0, device)
-    corpus, get_batch, windows = open_text(args, config)
+    tokens_per_step = args.batch_size * config.context_length
+    corpus = data.load(args.data, config.vocab_size, args.data_tokens or args.max_steps * tokens_per_step)
+    def get_batch(n, step):                             # x and y (2, n, T)
+        return torch.stack(data.get_batch(corpus.train, n, config.context_length, args.seed, step))
+    get_batch(1, 0)                                     # is the text long enough?
+    windows = torch.stack(data.val_windows(corpus.val, config.context_length, args.eval_tokens))
     folder.refuse_change("data", corpus.meta)
     settings = dict(args=vars(args), data=corpus.meta, **provenance(device))
     if args.prepare:        # the sweep shares its runs out over the devices
@@ -503,23 +494,16 @@ def run(args, config):
     counts = count_parameters(model)
     folder.open(dict(settings, model=asdict(config), n_params=counts["total"], dtype=str(dtype)[6:],
                      devices=world, compile=backend))
-    tokens_per_step = args.batch_size * config.context_length
     folder.say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters, "
                f"{counts['used per token']:,} a token; {args.max_steps} steps of {tokens_per_step:,} tokens, "
                f"{args.max_steps * tokens_per_step / len(corpus.train):.2g} x the text; {args.optimizer} at "
                f"{args.lr:g} on {device}, {dtype}, compiled: {backend} -> {folder.path}")
-
-    def log(line, **cells):
-        line = f"step {step}/{args.max_steps} | {line.format(**cells)}"
-        elapsed = time.perf_counter() - began
-        folder.log(line, step=step, tokens=step * tokens_per_step, elapsed=elapsed, **cells)
 
     # The loop -------------------------------------------------------------------------------------
     came, handlers = watch_signals()
     eval_interval = args.eval_interval or max(1, args.max_steps // 10)
     log_interval = args.log_interval or max(1, args.max_steps // 100)
     saved_at = timed_from = time.perf_counter()         # tokens_per_sec is that of training alone
-    began = saved_at - folder.saved["elapsed"]
     while True:
         paused = time.perf_counter()
         lost = plot.is_lost(folder.column("train_loss"), args.max_steps // log_interval)
@@ -528,7 +512,8 @@ def run(args, config):
         # Evaluate: always the same windows, before the step that follows.
         if step > start and (step % eval_interval == 0 or last):
             val = evaluate(model, *windows.to(device), min(args.batch_size, 32), corpus.token_bytes)
-            log("val loss {val_loss:.4f} | accuracy {val_accuracy:.2%} | {val_bpb:.4f} bits a byte", **val)
+            line = "val loss {val_loss:.4f} | accuracy {val_accuracy:.2%} | {val_bpb:.4f} bits a byte"
+            folder.log(step, line, **val)
             if val["val_loss"] <= min(folder.column("val_loss")):
                 folder.save("best.pt", model=model.state_dict(), step=step, **val)
             if args.schedule == "plateau":
@@ -547,7 +532,7 @@ def run(args, config):
         if due or last or stopped:
             saved_at = time.perf_counter()
             folder.save("last.pt", model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-                        schedule=vars(schedule), step=step, elapsed=saved_at - began, sums=sums,
+                        schedule=vars(schedule), step=step, elapsed=saved_at - folder.began, sums=sums,
                         eigenvectors=eigenvectors)
         if last or stopped:
             break
@@ -559,7 +544,7 @@ def run(args, config):
         if args.sharpness and step % args.sharpness == 0:
             batch = get_batch(args.batch_size if args.full_batch else min(args.batch_size, 16), 0)
             cells = measure_sharpness(model, optimizers, *batch.to(device), args.grad_clip, eigenvectors)
-            log("sharpness {sharpness:.4g}", **cells)
+            folder.log(step, "sharpness {sharpness:.4g}", **cells)
         timed_from += time.perf_counter() - paused
 
         # Take a batch: this process's slice of it, in grad_accum pieces.
@@ -583,8 +568,8 @@ def run(args, config):
             seconds = time.perf_counter() - timed_from
             speed = min(n_steps, step - start) * tokens_per_step / seconds
             eta = timedelta(seconds=int((args.max_steps - step) * tokens_per_step / speed))
-            log("loss {train_loss:.3f} | lr {lr:.1e} | {tokens_per_sec:,.0f} tok/s | eta " + str(eta),
-                lr=args.lr * factor, **cells, tokens_per_sec=speed)
+            line = f"loss {{train_loss:.3f}} | lr {{lr:.1e}} | {{tokens_per_sec:,.0f}} tok/s | eta {eta}"
+            folder.log(step, line, lr=args.lr * factor, **cells, tokens_per_sec=speed)
             timed_from += seconds
             sums = {}
 
@@ -593,7 +578,7 @@ def run(args, config):
     for number, handler in handlers.items():            # from here on the first Ctrl-C ends it
         signal.signal(number, handler)
     if folder.owner:
-        finish(folder, args, step, saved_at - began, stopped, lost, model, corpus.tokenizer)
+        finish(folder, args, step, saved_at - folder.began, stopped, lost, model, corpus.tokenizer)
     if world > 1:
         del train_step                                  # NCCL waits for the graphs that hold its calls
         dist.destroy_process_group()
