@@ -573,6 +573,17 @@ def stop_at(step, monkeypatch, out, *flags):
         assert run(out, *flags)[0] == 130
 
 
+def test_a_run_that_is_stopped_before_its_first_step_begins_again(monkeypatch):
+    whole = run("begun-whole")[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "watch_signals", lambda: ([(signal.SIGTERM, 0.0)], {}))
+        assert train.main([*SMALL, "--out", "begun-early"]) == 128 + signal.SIGTERM
+    summary = read("begun-early", "summary.json")
+    assert summary["steps"] == 0 and not Path("begun-early/metrics.csv").exists()
+    assert summary["status"] == "interrupted" and summary["best_val_loss"] is None
+    assert run("begun-early", "--resume")[2] == whole
+
+
 def test_a_checkpoint_that_cannot_be_read_is_not_a_damaged_one(monkeypatch, capsys):
     stop_at(8, monkeypatch, "locked")
     before = Path("locked/checkpoints/last.pt").read_bytes()
