@@ -135,13 +135,13 @@ def build_optimizer(model, name, lr, weight_decay=0.1, betas=(0.9, 0.95), moment
 # The edge of stability: along an eigenvector of the loss's Hessian with eigenvalue h, gradient descent
 # multiplies the distance from the bottom by 1 - lr h a step; above h = 2 / lr it swings ever wider.
 
-def stability_threshold(name, lr, momentum, beta1):
+def stability_threshold(optimizer):
     """The sharpness above which a quadratic diverges (Cohen et al. 2021, 2022); None if none is known."""
-    if name == "sgd" and lr > 0:
-        return 2 * (1 + momentum) / lr
-    if name == "adamw" and lr > 0:
-        return 2 * (1 + beta1) / ((1 - beta1) * lr)
-    return None
+    if optimizer.update is sgd_update:
+        return (2 * (1 + optimizer.settings["momentum"]) / optimizer.lr).item()
+    if optimizer.update is adamw_update:
+        beta1, _ = optimizer.settings["betas"]
+        return (2 * (1 + beta1) / ((1 - beta1) * optimizer.lr)).item()
 
 def top_eigenvalue(product, start, tolerance=0.003, max_products=40):
     """Largest eigenvalue of a symmetric matrix H known by product(v) = H v, by Lanczos iteration.
@@ -172,7 +172,7 @@ def top_eigenvalue(product, start, tolerance=0.003, max_products=40):
 def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
 
-def measure_sharpness(model, optimizers, x, y, *, name, lr, momentum, beta1, grad_clip, vectors):
+def measure_sharpness(model, optimizers, x, y, grad_clip, vectors):
     """Top eigenvalue of the Hessian H of the cross-entropy of x, y (B, T), in float32; with AdamW also of
     P^-1/2 H P^-1/2 -> cells of metrics.csv. Changes only vectors {column: where the next one starts}."""
     params = [p for optimizer in optimizers for p in optimizer.params]
@@ -184,18 +184,18 @@ def measure_sharpness(model, optimizers, x, y, *, name, lr, momentum, beta1, gra
         grads = torch.autograd.grad(model(x, y)[1], params, create_graph=True)
     slope = flat(grads)                                 # (n_params,)
     gradient = slope.detach()
+    main = min(optimizers, key=lambda optimizer: optimizer.update is adamw_update)  # Muon, where both are
     scales = {"sharpness": 1.0}
-    if name == "adamw":     # P of the next update w - lr P^-1 m
+    if main.update is adamw_update:     # P of the next update w - lr P^-1 m
         clip = ((grad_clip or math.inf) / gradient.norm()).clamp(max=1)
-        step = optimizers[0].state["step"] + 1
-        settings = optimizers[0].settings
-        beta2 = settings["betas"][1]
+        step = main.state["step"] + 1
+        beta1, beta2 = main.settings["betas"]
         v = flat(v for optimizer in optimizers for v in optimizer.state["vs"])
         v = v.lerp((clip * gradient) ** 2, 1 - beta2)
         root = (v / (1 - beta2 ** step)).sqrt()
-        P = (1 - beta1 ** step) * (root + settings["eps"])
+        P = (1 - beta1 ** step) * (root + main.settings["eps"])
         scales["preconditioned_sharpness"] = P ** -0.5
-    cells = {"stability_threshold": stability_threshold(name, lr, momentum, beta1)}
+    cells = {"stability_threshold": stability_threshold(main)}
     for column, scale in scales.items():
         def product(v):
             return scale * flat(torch.autograd.grad(slope, params, scale * v, retain_graph=True))

@@ -1,5 +1,4 @@
-"""
-Train one model at one learning rate, and write down everything that happened.
+"""Train one model at one learning rate, and write down everything that happened.
 
     python train.py --lr 3e-4 --device mps               # the tiny preset, on Python's standard library
     python train.py --preset dense-low --lr 3e-3         # any flag overrides what the preset says
@@ -13,16 +12,13 @@ evaluation), summary.json, training.log, pictures, checkpoints/{last,best}.pt. B
 from (seed, step), so a resumed run needs no generator state and ends with the same numbers as one left alone.
 """
 import argparse
-import copy
 import csv
 import ctypes
-import importlib.util
 import io
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -102,35 +98,33 @@ FLAGS = {   # group: {flag: (how to read it, default unless the preset has one, 
         "no-plot": (SWITCH, False, "draw no pictures"),
         "prepare": (SWITCH, False, "prepare the text, print the settings as JSON, and stop")},
 }
-for field in fields(ModelConfig):
-    how = ON_OFF if field.type is bool else within(field.type, 1e-9 if field.default else 0, 1e9)
-    text = field.metadata.get("help", "a field of ModelConfig")
-    FLAGS["model"][field.name.replace("_", "-")] = how, field.default, text
+for f in fields(ModelConfig):
+    how = ON_OFF if f.type is bool else within(f.type, 1e-9 if f.default else 0, 1e9)
+    FLAGS["model"][f.name.replace("_", "-")] = how, f.default, f.metadata.get("help", "of ModelConfig")
 
 def parse_args(argv=None):
     """Command line -> (args, ModelConfig). Defaults are the preset's, which is therefore read first."""
-    p = argparse.ArgumentParser("train.py", description=(__doc__ or "").split("\n\n")[0], add_help=False,
-                                allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], add_help=False, allow_abbrev=False)
     p.error = fail
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="defaults of model, text and budget")
-    preset = PRESETS[p.parse_known_args(argv)[0].preset]
+    preset = dict(PRESETS[p.parse_known_args(argv)[0].preset])
+    lr = preset.pop("lr", None)
     p.add_argument("-h", "--help", action="help", help="show these flags, with the defaults of the preset")
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for flag, (how, default, text) in flags.items():
-            if flag != "lr":
-                default = preset.get(flag.replace("-", "_"), default)
-            shown = "" if default is None or default is False else " (default: %(default)s)"
-            group.add_argument(f"--{flag}", default=default, help=text + shown, **how)
+            default = preset.get(flag.replace("-", "_"), default)
+            if default is not None and default is not False:
+                text += " (default: %(default)s)"
+            group.add_argument(f"--{flag}", default=default, help=text, **how)
     args = p.parse_args(argv)
     try:
-        config = ModelConfig(**{field.name: getattr(args, field.name) for field in fields(ModelConfig)})
+        config = ModelConfig(**{f.name: getattr(args, f.name) for f in fields(ModelConfig)})
     except ValueError as e:
         fail(e)
     # The preset's learning rate was found for its own optimizer and width.
-    own = preset.get("optimizer", "adamw"), preset.get("d_model", ModelConfig.d_model)
-    if own == (args.optimizer, args.d_model):
-        args.lr = args.lr or preset.get("lr")
+    if all(getattr(args, name) == p.get_default(name) for name in ("optimizer", "d_model")):
+        args.lr = args.lr or lr
     args.lr = args.lr or first_guess(args.optimizer, args.d_model)
     return args, config
 
@@ -142,15 +136,12 @@ def devices():
     return gpus + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
 
 def pick_device(name, local_rank=0, world=1):
-    """A torch.device that is really there.
-
-    What is known of Apple's mps, from documentation and reports (nobody here has a Mac):
+    """A torch.device that is really there. What is known of mps, from reports (nobody here has a Mac):
     - it has no float64 and no pinned memory; figures go to the CPU before they become Python's;
     - float32 is the default; bfloat16 needs macOS 14, and nanochat#244 found it no faster;
     - multinomial drew impossible tokens, so that samples are drawn on the CPU (pytorch#192577);
     - gloo cannot sum its tensors, so that torchrun is refused;
-    - gradients of over 32,768 tokens at once can be wrong (pytorch#177116, open): --grad-accum splits them.
-    """
+    - gradients of over 32,768 tokens at once can be wrong (pytorch#177116): --grad-accum splits them."""
     if name == "auto":
         name = devices()[0].split(":")[0]
     if name == "cuda":
@@ -170,78 +161,58 @@ def pick_dtype(name, device):
 
 def pick_compile(wanted, device, dtype, config, flops):
     """The torch.compile backend, or None; and whether the step can be recorded as one CUDA graph."""
-    if wanted is None:      # on a CPU from 5 minutes on 2 cores on: compiling takes 40 s
-        long_run = flops > 1.5e14 and not config.n_experts
-        wanted = device.type == "cuda" or device.type == "cpu" and long_run
-    if device.type == "mps" and wanted:
-        return "aot_eager", False
-    there = any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++", "cl"]))
-    capability = (0, 0)
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        there = importlib.util.find_spec("triton") and capability >= (7, 0)
-    if wanted and not there:
-        say("torch.compile needs Triton on a GPU, a C++ compiler on a CPU: training without it", sys.stderr)
-    if not wanted or not there:
+    if wanted is None:      # compiling takes 40 s on a CPU, where it is for runs of over 5 minutes on 2 cores
+        wanted = dict(cuda=True, cpu=flops > 1.5e14 and not config.n_experts).get(device.type)
+    if not wanted:
         return None, False
-    # A graph holds no new random numbers and no wait for the host, so that experts need grouped_mm.
-    grouped = dtype == torch.bfloat16 and capability[0] in (9, 10)
-    return "inductor", device.type == "cuda" and not config.dropout and (grouped or not config.n_experts)
+    backend = {"mps": "aot_eager"}.get(device.type, "inductor")
+    try:
+        torch.compile(lambda: torch.ones(8, device=device) + 1, backend=backend)()
+    except Exception:       # of many kinds: Triton or the compiler may be missing, too old or broken
+        say("torch.compile needs Triton on a GPU, a C++ compiler on a CPU: training without it", sys.stderr)
+        return None, False
+    # A graph draws no new random numbers, and does not wait for the host, so that experts need grouped_mm.
+    graph = device.type == "cuda" and not config.dropout
+    if graph and config.n_experts:
+        graph = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return backend, graph
 
 def graphed(step):
     """The same step as one CUDA graph: the hundreds of small kernels of a small model follow each other
-    without gaps. Three calls compile, the fourth is recorded and from then on replayed on new x and y."""
+    without gaps. Three calls compile, the fourth is recorded and from then on replayed on new batches."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.set_stream(torch.cuda.Stream())      # the default stream cannot be recorded
-    calls, inputs, output = 0, None, None
-
-    def call(*batch):
-        nonlocal calls, inputs, output
+    calls, fixed, record = 0, None, None
+    def call(batch):
+        nonlocal calls, fixed, record
         calls += 1
         if calls <= 3:
-            return step(*batch)
+            return step(batch)
         if calls == 4:
-            inputs = [t.clone() for t in batch]
-            torch.cuda.empty_cache()
+            fixed = batch.clone()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                output = step(*inputs)
-        for fixed, t in zip(inputs, batch):
-            fixed.copy_(t)
+                record = step(fixed)
+        fixed.copy_(batch)
         graph.replay()
-        return {name: value.clone() for name, value in output.items()}  # the next replay writes over it
+        return {name: value.clone() for name, value in record.items()}  # the next replay writes over it
     return call
-
-def all_reduce(tensors):
-    """Each tensor becomes its sum over all processes, in one float32 message: a message in bfloat16 moved
-    the final loss of a tiny model by up to 0.06 nats, summing in another order moves it by 0.01 (5 seeds)."""
-    message = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(message)
-    for t, total in zip(tensors, message.split([t.numel() for t in tensors])):
-        t.copy_(total.view_as(t))
-
-def any_process(flag, device):
-    count = torch.tensor(float(flag), device=device)
-    all_reduce([count])
-    return count.item() > 0
 
 def check_size(args, config, device, world):
     """Refuse what the processes cannot share, or what no memory holds (a lower bound), before it is made."""
     if args.batch_size % (args.grad_accum * world):
         fail(f"--batch-size {args.batch_size} is no multiple of {world} x --grad-accum {args.grad_accum}")
-    d, tokens = config.d_model, args.batch_size * config.context_length
-    piece = tokens // (args.grad_accum * world)
+    d, piece = config.d_model, args.batch_size * config.context_length // (args.grad_accum * world)
     if device.type == "mps" and piece > 32_768:
         say(f"mps: gradients of {piece:,} tokens may be wrong (pytorch#177116); use --grad-accum", sys.stderr)
     if device.type == "mps" and args.dtype == "bfloat16":
         say("mps: bfloat16 needs macOS 14, and was reported to be no faster than float32", sys.stderr)
     if device.type == "cuda" or not hasattr(os, "sysconf"):     # a GPU says so itself; Windows has no sysconf
         return
-    per_layer = 4 * d * d + 2 * max(1, config.n_experts) * d * config.d_ff
-    weights = config.vocab_size * d + config.n_layers * per_layer
-    activations = 2 * config.n_layers * (6 * d + 2 * config.d_ff)       # bytes a token
-    gib = (16 * (weights + tokens) + piece * activations) / 2**30       # 16: gradients and averages, too; ids
-    if gib > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30:
-        fail(f"needs over {gib:,.0f} GiB of memory, more than there is; lower --batch-size or a model size")
+    layer = 4 * d * d + 2 * max(1, config.n_experts) * d * config.d_ff
+    need = 16 * (config.vocab_size * d + config.n_layers * layer)   # bytes: weights, gradients, averages ...
+    need += piece * config.n_layers * (12 * d + 4 * config.d_ff)    # ... and activations
+    if need > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        fail(f"needs over {need / 2**30:,.0f} GiB of memory, more than there is; lower --batch-size or sizes")
 
 # The folder of a run ------------------------------------------------------------------------------
 
@@ -259,14 +230,14 @@ def provenance(device):
                 device=str(device), device_name=name)
 
 class RunFolder:
-    """The files of a run. saved: the checkpoint to go on with, or None; rows: those of metrics.csv so far.
-    Of the processes of a torchrun only the first one, the owner, writes and speaks."""
+    """The files of a run. saved: the checkpoint to go on with (step 0: none); rows: those of metrics.csv so
+    far. Of the processes of a torchrun only the first one, the owner, writes and speaks."""
     def __init__(self, args, owner, device):
         name = time.strftime(f"{args.preset}-lr{args.lr:g}-s{args.seed}-%m%d-%H%M%S-{os.getpid()}")
         self.path = Path(args.out or f"runs/single/{name}")
-        self.owner = owner
-        self.saved = None
-        self.rows, self.columns = [], {}
+        self.args, self.owner = args, owner
+        self.config, self.rows, self.columns = {}, [], []
+        self.saved = dict(step=0, elapsed=0.0, sums={}, eigenvectors={})
         self.saver = ThreadPoolExecutor(1)      # writes a checkpoint while the next steps run
         self.saving = self.saver.submit(int)
         found = {file.name for file in self.path.glob("*") if file.suffix != ".tmp"} - {".lock", "stderr.log"}
@@ -274,26 +245,24 @@ class RunFolder:
             fail("--out needs a folder; with --resume, that of the run to go on with")
         if found and not (args.resume and found & {"config.json", "checkpoints"}):
             fail(f"{self.path} holds a run or other files; add --resume to go on, or choose another --out")
-        self.config = {}
         if args.resume:
-            self.config = plot.read_json(self.path / "config.json") or {}
-            self.read_checkpoint(self.path / "checkpoints/last.pt", device)
+            self.read(self.path / "checkpoints/last.pt", device)
             self.refuse_change("args", vars(args))
 
-    def read_checkpoint(self, path, device):
+    def read(self, last, device):
         """A checkpoint mends whatever else is damaged in the folder; without one a run begins anew."""
-        if not path.exists():
-            return
-        content = path.read_bytes()     # an error here ends the program and changes nothing
-        try:
-            damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()    # compares a checksum of each tensor
-        except Exception:       # zipfile raises half a dozen kinds
-            damaged = True
-        if damaged:
-            fail(f"{path} is damaged (best.pt beside it may not be): choose another --out, or delete last.pt "
-                 "to begin again")
-        self.saved = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        self.rows, self.config = self.saved["rows"], self.saved["config"]
+        self.config = plot.read_json(self.path / "config.json") or {}
+        if last.exists():
+            content = last.read_bytes()     # an error here ends the program and changes nothing
+            try:
+                damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()    # compares the tensors' checksums
+            except Exception:       # zipfile raises half a dozen kinds
+                damaged = True
+            if damaged:
+                fail(f"{last} is damaged (best.pt beside it may not be): choose another --out, or delete "
+                     "last.pt to begin again")
+            self.saved = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+            self.config, self.rows = self.saved["config"], self.saved["rows"]
 
     def refuse_change(self, part, now):
         """A run does not go on with other args, or with other data: compares what both know."""
@@ -306,15 +275,15 @@ class RunFolder:
 
     def finished(self):
         """Is nothing left to do? First metrics.csv becomes what it was at the checkpoint."""
-        if self.owner and self.rows:
-            self.write_table()
+        self.write_table()
         run = plot.read_run(self.path)
         return run and len(run["train"]["step"]) and run["status"] in plot.STATUSES
 
     def open(self, config):
         """Begin the files, or go on with those of the checkpoint; what changed since is said and kept."""
+        self.began = time.perf_counter() - self.saved["elapsed"]
         changes = []
-        if self.saved:
+        if self.saved["step"]:
             began = self.config
             changes = [f"{file} edited" for file, _ in sorted(config["code"].items() - began["code"].items())]
             changes += [f"{flag} new" for flag in config["args"] if flag not in began["args"]]
@@ -331,40 +300,37 @@ class RunFolder:
     def say(self, line):
         if self.owner:
             say(line)
-            log = open(self.path / "training.log", "a", encoding="utf-8", errors="backslashreplace")
-            print(line, file=log)
-            log.close()
+            with open(self.path / "training.log", "a", encoding="utf-8", errors="backslashreplace") as file:
+                print(line, file=file)
 
-    def log(self, line, **cells):
-        """Say the line, and write a row of metrics.csv; where a column is new, all rows again."""
-        self.say(line)
-        self.rows.append(cells)
-        if self.owner and cells.keys() <= self.columns.keys():
-            with open(self.path / "metrics.csv", "a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(cells)
-        elif self.owner:
+    def log(self, step, line, **cells):
+        """Say a line, filled with cells, and write them as a row; where a column is new, all rows again."""
+        self.say(f"step {step}/{self.args.max_steps} | {line.format(**cells)}")
+        tokens = step * self.args.batch_size * self.args.context_length
+        row = dict(step=step, tokens=tokens, elapsed=time.perf_counter() - self.began, **cells)
+        self.rows.append(row)
+        if not row.keys() <= set(self.columns):
             self.write_table()
+        elif self.owner:
+            with open(self.path / "metrics.csv", "a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     def write_table(self):
-        self.columns = dict.fromkeys(name for row in self.rows for name in row)
-        data.write_csv(self.path / "metrics.csv", self.columns, self.rows)
+        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        if self.owner and self.rows:
+            data.write_csv(self.path / "metrics.csv", self.columns, self.rows)
 
     def column(self, name):
         """Its cells so far, of the rows that have it."""
         return [row[name] for row in self.rows if name in row]
 
     def save(self, name, **value):
-        """A checkpoint, of a copy that the next steps do not change."""
-        def write(value):
-            buffer = io.BytesIO()
-            torch.save(value, buffer)
-            data.write_aside(self.path / "checkpoints" / name, buffer.getvalue())
+        """A checkpoint as it is now; the disk gets it while the next steps run."""
         if self.owner:
+            path, content = self.path / "checkpoints" / name, io.BytesIO()
+            torch.save(dict(value, config=self.config, rows=self.rows), content)
             self.saving.result()        # raises what went wrong with the last one
-            value = copy.deepcopy(dict(value, config=self.config, rows=self.rows))
-            if torch.cuda.is_initialized():     # the saver's thread has another stream, and would not wait
-                torch.cuda.current_stream().synchronize()
-            self.saving = self.saver.submit(write, value)
+            self.saving = self.saver.submit(data.write_aside, path, content.getbuffer())
 
 # Evaluation ---------------------------------------------------------------------------------------
 
@@ -378,21 +344,10 @@ def evaluate(model, x, y, batch_size, token_bytes):
         total = total + torch.stack((loss * yb.numel(), (logits.argmax(-1) == yb).sum()))
     model.train()
     loss, accuracy = (total / y.numel()).tolist()
-    bits = loss / math.log(2) * y.numel()
     return dict(val_loss=loss, val_accuracy=accuracy, val_perplexity=math.exp(min(loss, 700)),
-                val_bpb=bits / float(token_bytes[y.cpu().numpy()].sum()))
+                val_bpb=loss / math.log(2) * y.numel() / float(token_bytes[y.cpu().numpy()].sum()))
 
 # What a run is made of ----------------------------------------------------------------------------
-
-def open_text(args, config):
-    """The corpus; get_batch(n, step) -> x and y (2, n, T); the validation windows (2, W, T)."""
-    n_tokens = args.data_tokens or args.batch_size * config.context_length * args.max_steps
-    corpus = data.load(args.data, config.vocab_size, n_tokens)
-    def get_batch(n, step):
-        return torch.stack(data.get_batch(corpus.train, n, config.context_length, args.seed, step))
-    get_batch(1, 0)                     # is the text long enough?
-    windows = torch.stack(data.val_windows(corpus.val, config.context_length, args.eval_tokens))
-    return corpus, get_batch, windows
 
 def build(args, config, device, dtype, saved):
     """Model, optimizers and schedule, fresh or as saved, and the step: compiled, where it pays a graph."""
@@ -400,14 +355,12 @@ def build(args, config, device, dtype, saved):
         ctypes.CDLL(None).mallopt(-4, 0)    # ... a fifth of tiny's time on a CPU (M_MMAP_MAX)
         ctypes.CDLL(None).mallopt(-1, -1)   # M_TRIM_THRESHOLD: never
     torch.set_flush_denormal(True)      # a CPU is several times slower with numbers below 1e-38
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")      # TF32
     torch.manual_seed(args.seed)        # weights are drawn on the CPU: alike on every device
     model = Transformer(config, dtype).to(device)
     optimizers = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, (args.beta1, args.beta2),
                                  args.momentum, args.adamw_lr_ratio)
     schedule = make_schedule(args.schedule, args.max_steps, args.warmup_ratio, args.min_lr_ratio)
-    if saved:
+    if saved["step"]:
         model.load_state_dict(saved["model"])
         vars(schedule).update(saved["schedule"])    # plateau has attributes, the others have none
         for optimizer, state in zip(optimizers, saved["optimizers"]):
@@ -445,17 +398,15 @@ def means(sums, n_steps):
 def finish(folder, args, step, seconds, stopped, lost, model, tokenizer):
     """The summary, a sample of text, the pictures."""
     status = "interrupted" if stopped else plot.classify(folder.column("train_loss"))
-    tokens = step * args.batch_size * args.context_length
-    latest = {name: cell for row in folder.rows for name, cell in row.items()}
-    final = {f"final_{name}": latest[name] for name in latest if name.startswith(("train_loss", "val_"))}
-    evaluations = [row for row in folder.rows if row.get("val_loss", math.inf) < math.inf]
-    best = min(evaluations, key=lambda row: row["val_loss"], default={})
+    final = {f"final_{name}": folder.column(name)[-1] for name in folder.columns
+             if name.startswith(("train_loss", "val_"))}
+    losses = {row["val_loss"]: row["step"] for row in folder.rows if row.get("val_loss", math.inf) < math.inf}
+    best = min(losses, default=None)
     data.write_json(folder.path / "summary.json", dict(
-        final, best_val_loss=best.get("val_loss"), best_val_step=best.get("step"), status=status, steps=step,
-        max_steps=args.max_steps, tokens=tokens, lr=args.lr, seed=args.seed, seconds=seconds, ended_early=lost,
-        tokens_per_sec=tokens / seconds, max_grad_norm=float(np.max(folder.column("grad_norm") or [math.nan])),
-        n_params=folder.config["n_params"], peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 or None))
-    folder.say(f"{status} at step {step}: {seconds:.0f} s, {tokens / seconds:,.0f} tok/s")
+        final, best_val_loss=best, best_val_step=losses.get(best), status=status, steps=step, seconds=seconds,
+        ended_early=lost, max_grad_norm=float(np.max(folder.column("grad_norm") or [math.nan]))))
+    speed = step * args.batch_size * args.context_length / seconds
+    folder.say(f"{status} at step {step}: {seconds:.0f} s, {speed:,.0f} tok/s")
     if stopped:
         folder.say(f"the same command with --out {folder.path} --resume goes on from here")
     elif lost:
@@ -470,26 +421,24 @@ def finish(folder, args, step, seconds, stopped, lost, model, tokenizer):
 # The step -----------------------------------------------------------------------------------------
 
 def make_step(losses, model, optimizers, args):
-    """step(x, y) -> {name: tensor} of what it met: train_loss, grad_norm before clipping, the router's.
-    x, y (grad_accum, batch / grad_accum / devices, T). Nothing in it waits for a GPU."""
+    """step(batch) -> {name: tensor} of what it met: train_loss, grad_norm before clipping, the router's.
+    batch (grad_accum, 2, B, T): x and y of each piece. Nothing in it waits for a GPU."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-
-    def step(x, y):
+    def step(batch):
         record = {}
-        share = 1 / (len(x) * world)
-        for xi, yi in zip(x, y):
+        share = 1 / (len(batch) * world)
+        for x, y in batch:
             # Forward.
-            loss, router = losses(xi, yi)
-            objective = loss
-            if router:
-                objective = loss + args.balance_weight * router["balance_loss"].sum()
+            loss, router = losses(x, y)
+            objective = loss + args.balance_weight * sum(router.get("balance_loss", []))
             # Backward: the gradients of all pieces, and of all devices, add up to the batch's.
             (objective * share).backward()
             for name, value in dict(train_loss=loss, **router).items():
                 record[name] = record.get(name, 0.0) + value.detach() * share
         grads = [p.grad for p in model.parameters()]
         if world > 1:
-            all_reduce([*grads, *record.values()])
+            for tensor in [*grads, *record.values()]:
+                dist.all_reduce(tensor)
 
         # Clip: a factor in the update, 0 where something is not finite.
         norm = record["grad_norm"] = torch.nn.utils.get_total_norm(grads)
@@ -515,7 +464,12 @@ def run(args, config):
 
     # The folder and the text. Of several processes one prepares the text, and the others wait for it.
     folder = RunFolder(args, rank == 0, device)
-    corpus, get_batch, windows = open_text(args, config)
+    tokens_per_step = args.batch_size * config.context_length
+    corpus = data.load(args.data, config.vocab_size, args.data_tokens or args.max_steps * tokens_per_step)
+    def get_batch(n, step):                             # x and y (2, n, T)
+        return torch.stack(data.get_batch(corpus.train, n, config.context_length, args.seed, step))
+    get_batch(1, 0)                                     # is the text long enough?
+    windows = torch.stack(data.val_windows(corpus.val, config.context_length, args.eval_tokens))
     folder.refuse_change("data", corpus.meta)
     settings = dict(args=vars(args), data=corpus.meta, **provenance(device))
     if args.prepare:        # the sweep shares its runs out over the devices
@@ -529,33 +483,27 @@ def run(args, config):
     # The model, and what changes from step to step: fresh, or the checkpoint's.
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")      # TF32
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         dist.barrier()                                  # all have read the folder before one writes
     config = replace(config, vocab_size=corpus.tokenizer.vocab_size)
     model, optimizers, schedule, train_step, backend = build(args, config, device, dtype, folder.saved)
-    saved = folder.saved or dict(step=0, elapsed=0.0, sums={}, eigenvectors={})
-    start = step = saved["step"]
-    sums, eigenvectors = saved["sums"], saved["eigenvectors"]
+    start = step = folder.saved["step"]
+    sums, eigenvectors = folder.saved["sums"], folder.saved["eigenvectors"]
     counts = count_parameters(model)
     folder.open(dict(settings, model=asdict(config), n_params=counts["total"], dtype=str(dtype)[6:],
                      devices=world, compile=backend))
-    tokens_per_step = args.batch_size * config.context_length
     folder.say(f"{args.preset} on {corpus.meta['corpus']}: {counts['total']:,} parameters, "
                f"{counts['used per token']:,} a token; {args.max_steps} steps of {tokens_per_step:,} tokens, "
                f"{args.max_steps * tokens_per_step / len(corpus.train):.2g} x the text; {args.optimizer} at "
                f"{args.lr:g} on {device}, {dtype}, compiled: {backend} -> {folder.path}")
-
-    def log(line, **cells):
-        folder.log(f"step {step}/{args.max_steps} | {line}", step=step, tokens=step * tokens_per_step,
-                   elapsed=time.perf_counter() - began, **cells)
 
     # The loop -------------------------------------------------------------------------------------
     came, handlers = watch_signals()
     eval_interval = args.eval_interval or max(1, args.max_steps // 10)
     log_interval = args.log_interval or max(1, args.max_steps // 100)
     saved_at = timed_from = time.perf_counter()         # tokens_per_sec is that of training alone
-    began = saved_at - saved["elapsed"]
     while True:
         paused = time.perf_counter()
         lost = plot.is_lost(folder.column("train_loss"), args.max_steps // log_interval)
@@ -565,16 +513,18 @@ def run(args, config):
         if step > start and (step % eval_interval == 0 or last):
             val = evaluate(model, *windows.to(device), min(args.batch_size, 32), corpus.token_bytes)
             line = "val loss {val_loss:.4f} | accuracy {val_accuracy:.2%} | {val_bpb:.4f} bits a byte"
-            log(line.format(**val), **val)
+            folder.log(step, line, **val)
             if val["val_loss"] <= min(folder.column("val_loss")):
                 folder.save("best.pt", model=model.state_dict(), step=step, **val)
             if args.schedule == "plateau":
                 schedule.observe(val["val_loss"])
 
         # Stop? A signal may reach processes at different steps, so they agree at the log steps.
-        stopped = bool(came) and not last
-        if world > 1:
-            stopped = step % log_interval == 0 and any_process(stopped, device)
+        stopped = bool(came) and not last and (world == 1 or step % log_interval == 0)
+        if world > 1 and step % log_interval == 0:
+            votes = torch.tensor(float(stopped), device=device)
+            dist.all_reduce(votes)
+            stopped = votes.item() > 0
 
         # Save everything that the next step depends on, and the rows written so far.
         due = step > start and step % (args.checkpoint_interval or eval_interval) == 0
@@ -582,55 +532,53 @@ def run(args, config):
         if due or last or stopped:
             saved_at = time.perf_counter()
             folder.save("last.pt", model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-                        schedule=vars(schedule), step=step, elapsed=saved_at - began, sums=sums,
+                        schedule=vars(schedule), step=step, elapsed=saved_at - folder.began, sums=sums,
                         eigenvectors=eigenvectors)
         if last or stopped:
             break
 
         # Measure the sharpness that this step meets, always on the same 16 sequences, or the full batch.
         factor = schedule(step)
-        lr = args.lr * factor
+        for optimizer in optimizers:
+            optimizer.set_lr(factor)
         if args.sharpness and step % args.sharpness == 0:
             batch = get_batch(args.batch_size if args.full_batch else min(args.batch_size, 16), 0)
-            cells = measure_sharpness(
-                model, optimizers, *batch.to(device), name=args.optimizer, lr=lr, momentum=args.momentum,
-                beta1=args.beta1, grad_clip=args.grad_clip, vectors=eigenvectors)
-            log(f"sharpness {cells['sharpness']:.4g}", **cells)
+            cells = measure_sharpness(model, optimizers, *batch.to(device), args.grad_clip, eigenvectors)
+            folder.log(step, "sharpness {sharpness:.4g}", **cells)
         timed_from += time.perf_counter() - paused
 
         # Take a batch: this process's slice of it, in grad_accum pieces.
-        batch = get_batch(args.batch_size, 0 if args.full_batch else step)      # (2, B, T)
+        batch = get_batch(args.batch_size, 0 if args.full_batch else step)      # (2, batch_size, T)
         batch = batch.view(2, args.grad_accum, world, -1, config.context_length)[:, :, rank]
+        batch = batch.transpose(0, 1)                                           # (grad_accum, 2, B, T)
         if device.type == "cuda":
             batch = batch.pin_memory()
         if args.dropout:                                # a function of (seed, step, rank), too
             torch.manual_seed((args.seed * 1_000_003 + step * world + rank) % 2**63)
 
         # Step.
-        for optimizer in optimizers:
-            optimizer.set_lr(factor)
-        record = train_step(*batch.to(device, non_blocking=device.type == "cuda"))
+        record = train_step(batch.to(device, non_blocking=device.type == "cuda"))
         sums = {name: sums.get(name, 0.0) + value for name, value in record.items()}
         step += 1
 
         # Log: means since the last log step.
         if step % log_interval == 0 or step == args.max_steps:
             n_steps = (step - 1) % log_interval + 1
-            cells = means(sums, n_steps)
-            sums = {}
+            cells = means(sums, n_steps)                # which waits for the GPU
             seconds = time.perf_counter() - timed_from
-            timed_from += seconds
             speed = min(n_steps, step - start) * tokens_per_step / seconds
             eta = timedelta(seconds=int((args.max_steps - step) * tokens_per_step / speed))
-            log(f"loss {cells['train_loss']:.3f} | lr {lr:.1e} | {speed:,.0f} tok/s | eta {eta}",
-                lr=lr, **cells, tokens_per_sec=speed)
+            line = f"loss {{train_loss:.3f}} | lr {{lr:.1e}} | {{tokens_per_sec:,.0f}} tok/s | eta {eta}"
+            folder.log(step, line, lr=args.lr * factor, **cells, tokens_per_sec=speed)
+            timed_from += seconds
+            sums = {}
 
     # The end.
     folder.saving.result()
     for number, handler in handlers.items():            # from here on the first Ctrl-C ends it
         signal.signal(number, handler)
     if folder.owner:
-        finish(folder, args, step, saved_at - began, stopped, lost, model, corpus.tokenizer)
+        finish(folder, args, step, saved_at - folder.began, stopped, lost, model, corpus.tokenizer)
     if world > 1:
         del train_step                                  # NCCL waits for the graphs that hold its calls
         dist.destroy_process_group()
@@ -644,7 +592,7 @@ def main(argv=None):
     except data.DataError as e:
         fail(e)
     except (MemoryError, RuntimeError) as e:    # torch's is a RuntimeError, on a CPU of no kind of its own
-        if isinstance(e, RuntimeError) and not re.search("(out of|allocate|not enough) memory", str(e)):
+        if not re.search("MemoryError|(out of|allocate|not enough) memory", repr(e)):
             raise
         fail("out of memory; lower --batch-size, or raise --grad-accum")
     except OSError as e:        # a full disk, a folder that cannot be written

@@ -64,7 +64,6 @@ def flops_per_token(config):
 
 
 def setup():
-    train.keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     device = train.pick_device("auto")
     dtype = train.pick_dtype("auto", device)
@@ -111,8 +110,8 @@ def plain_step(args, config, device):
             block.feed_forward.forward = partial(masked_loop, block.feed_forward)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    def step(x, y):
-        _, loss, _ = model(x[0], y[0])
+    def step(batch):
+        _, loss, _ = model(*batch[0])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -123,7 +122,7 @@ def plain_step(args, config, device):
 def our_step(args, config, device):
     """As train.py does it with its default flags."""
     dtype = train.pick_dtype("auto", device)
-    _, _, _, step, _ = train.build(args, config, device, dtype, None)
+    _, _, _, step, _ = train.build(args, config, device, dtype, dict(step=0))
     return step
 
 
@@ -132,7 +131,6 @@ def time_step(preset, batch_size, make, changes, repeats, inner):
     args, config = train.parse_args(["--preset", preset, "--batch-size", str(batch_size)])
     config = replace(config, **changes)
     device = train.pick_device("auto")
-    train.keep_freed_memory()
     torch.compiler.reset()      # it keeps 8 variants of a function, and this is another model
     torch.manual_seed(0)
     step = make(args, config, device)
@@ -141,10 +139,10 @@ def time_step(preset, batch_size, make, changes, repeats, inner):
 
     def one():
         batch = data.get_batch(tokens, batch_size, config.context_length, 0, next(count))
-        x, y = (t[None] for t in batch)
+        batch = torch.stack(batch)[None]        # (1, 2, B, T)
         if device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()
-        step(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+            batch = batch.pin_memory()
+        step(batch.to(device, non_blocking=True))
     ms = median_ms(one, repeats, inner)
     return ms, flops_per_token(config), batch_size * config.context_length
 

@@ -200,8 +200,7 @@ def test_a_new_optimizer_is_one_function_and_one_entry(monkeypatch):
             expected = before[p] * (1 - 0.01 * decay) - 0.01 * p.grad.sign()
             torch.testing.assert_close(p.detach(), expected)
             p.grad = None
-    cells = measure_sharpness(model, optimizers, x, y, name="lion", lr=0.01, momentum=0.95, beta1=0.9,
-                              grad_clip=1.0, vectors={})
+    cells = measure_sharpness(model, optimizers, x, y, grad_clip=1.0, vectors={})
     assert cells["sharpness"] > 0 and cells["stability_threshold"] is None
 
 

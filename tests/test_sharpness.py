@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import plot
 import train
 from model import ModelConfig, Transformer
-from optim import (SGD, AdamW, adamw_update, build_optimizer, flat, measure_sharpness, stability_threshold,
+from optim import (SGD, AdamW, Muon, adamw_update, build_optimizer, flat, measure_sharpness, stability_threshold,
                    top_eigenvalue)
 
 SIZES = dict(vocab_size=16, context_length=8, n_layers=1, n_heads=2, d_model=4, d_ff=6)
@@ -96,7 +96,7 @@ def inverse_preconditioner(optimizers, gradient, clip):
 def test_against_the_full_hessian(config, name):
     torch.manual_seed(0)
     model = Transformer(config)
-    optimizers = build_optimizer(model, name, lr=0.03)
+    optimizers = build_optimizer(model, name, lr=0.03, momentum=0.5)
     x, y = torch.randint(config.vocab_size, (2, 4, config.context_length))
     for _ in range(10):
         model(x, y)[1].backward()
@@ -111,9 +111,8 @@ def test_against_the_full_hessian(config, name):
     for block in model.blocks:
         block.dropout.p = block.attention.dropout = 0.5
     vectors = {}
-    settings = dict(name=name, lr=0.03, momentum=0.0, beta1=0.9, grad_clip=0.1, vectors=vectors)
-    cells = measure_sharpness(model, optimizers, x, y, **settings)
-    again = measure_sharpness(model, optimizers, x, y, **settings)
+    cells = measure_sharpness(model, optimizers, x, y, 0.1, vectors)
+    again = measure_sharpness(model, optimizers, x, y, 0.1, vectors)
     assert all(p.grad is None for p in model.parameters()) and model.training
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
     assert model.dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == precise
@@ -131,6 +130,8 @@ def test_against_the_full_hessian(config, name):
         assert {key: found[key] for key in tops} == pytest.approx(tops, rel=2e-3)
         assert found.keys() == {*tops, "stability_threshold", "sharpness_tolerance"}
         assert found["sharpness_tolerance"] <= 0.003
+        threshold = {"sgd": 2 * 1.5 / 0.03, "adamw": 38 / 0.03, "muon": None}[name]
+        assert found["stability_threshold"] == pytest.approx(threshold)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -139,11 +140,12 @@ def test_against_the_full_hessian(config, name):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("factor, diverges", [(0.98, False), (1.02, True)])
 def test_gradient_descent_on_a_quadratic(momentum, factor, diverges):
-    sharpness = factor * stability_threshold("sgd", 0.1, momentum, None)
-    assert stability_threshold("sgd", 0.1, 0.0, None) == 20
-    h = torch.tensor([sharpness, 1.0])
     w = torch.ones(2, requires_grad=True)
     optimizer = SGD([w], lr=0.1, momentum=momentum)
+    sharpness = factor * stability_threshold(optimizer)
+    assert stability_threshold(SGD([w], lr=0.1)) == pytest.approx(20)
+    assert stability_threshold(SGD([w], lr=0.0)) == torch.inf
+    h = torch.tensor([sharpness, 1.0])
     for _ in range(2000):
         w.grad = h * w.detach()
         optimizer.step()
@@ -156,10 +158,10 @@ def test_gradient_descent_on_a_quadratic(momentum, factor, diverges):
 def test_adamw_with_its_preconditioner_held_fixed(factor, diverges):
     """beta2 of nearly 1 holds v: what is left is momentum on a quadratic."""
     lr = 1e-4
-    threshold = stability_threshold("adamw", lr, None, 0.9)
-    assert threshold == pytest.approx(38 / lr)
     w = torch.ones(1, requires_grad=True)
     optimizer = AdamW([w], lr=lr, betas=(0.9, 1 - 1e-7), eps=0.0, weight_decay=0.0)
+    threshold = stability_threshold(optimizer)
+    assert threshold == pytest.approx(38 / lr)
     optimizer.state["step"].fill_(1e9)
     optimizer.state["vs"][0].fill_(1.0)       # beta2^t is 0, so that v^ is 1
     w.data.fill_(1e-9)
@@ -169,8 +171,7 @@ def test_adamw_with_its_preconditioner_held_fixed(factor, diverges):
         if w.abs() > 1e-5:
             break
     assert (w.abs().item() > 1e-5) == diverges
-    assert stability_threshold("muon", lr, 0.95, 0.9) is None
-    assert stability_threshold("sgd", 0.0, 0.9, 0.9) is None
+    assert stability_threshold(Muon([w], lr=lr)) is None
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Whole runs on a small text: they repeat to the bit, resume, stop, refuse bad input and share work."""
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -273,14 +272,14 @@ def one_sgd_step(pieces, clip):
     """The record of one step of gradient descent at rate 1, and the gradient: minus the weights' change."""
     args, _ = train.parse_args(["--grad-clip", str(clip)])
     torch.manual_seed(1)
-    x, y = torch.randint(50, (2, pieces, 8 // pieces, 16))
+    batch = torch.randint(50, (2, 8, 16)).view(2, pieces, -1, 16).transpose(0, 1)
     torch.manual_seed(0)
     model = Transformer(CONFIG, torch.float64).double()
     before = [p.detach().clone() for p in model.parameters()]
     optimizers = build_optimizer(model, "sgd", 1.0, weight_decay=0.0, momentum=0.0)
-    record = train.make_step(partial(losses_of, model), model, optimizers, args)(x, y)
+    record = train.make_step(partial(losses_of, model), model, optimizers, args)(batch)
     gradients = [a - p.detach() for a, p in zip(before, model.parameters())]
-    return record, gradients, (model, before, x, y)
+    return record, gradients, (model, before, batch)
 
 
 def test_accumulation_gives_the_same_gradients():
@@ -293,11 +292,11 @@ def test_accumulation_gives_the_same_gradients():
 
 @pytest.mark.parametrize("clip", [0, 0.01, 100])
 def test_clipping_is_that_of_torch(clip):
-    record, gradients, (model, before, x, y) = one_sgd_step(1, clip)
+    record, gradients, (model, before, batch) = one_sgd_step(1, clip)
     with torch.no_grad():
         for p, value in zip(model.parameters(), before):
             p.copy_(value)
-    model(x[0], y[0])[1].backward()
+    model(*batch[0])[1].backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
     assert 0.01 < norm < 100
     torch.testing.assert_close(record["grad_norm"], norm)
@@ -314,8 +313,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(optimizer):
     def losses(x, y):
         return model(x, y)[1] * math.inf, {}
     before = [p.detach().clone() for p in model.parameters()]
-    x, y = torch.randint(50, (2, 1, 4, 16))
-    record = train.make_step(losses, model, optimizers, args)(x, y)
+    batch = torch.randint(50, (1, 2, 4, 16))
+    record = train.make_step(losses, model, optimizers, args)(batch)
     assert not record["train_loss"].isfinite() or not record["grad_norm"].isfinite()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
@@ -338,7 +337,7 @@ def losses_of(model, x, y):
 def test_compiled_steps_are_those_of_the_plain_one(name, lr, n_experts):
     """With the backend of MPS, which needs no C++ compiler; and nothing is compiled again and again."""
     args, _ = train.parse_args([])
-    batches = torch.randint(50, (12, 2, 1, 4, 16)) // 5
+    batches = torch.randint(50, (12, 1, 2, 4, 16)) // 5
     curves = []
     for backend in (None, "aot_eager"):
         torch.manual_seed(0)
@@ -350,7 +349,7 @@ def test_compiled_steps_are_those_of_the_plain_one(name, lr, n_experts):
             for optimizer in optimizers:
                 optimizer.call = torch.compile(optimizer.call, backend=backend, dynamic=False)
         step = train.make_step(losses, model, optimizers, args)
-        curves.append([step(x, y) for x, y in batches])
+        curves.append([step(batch) for batch in batches])
     torch.testing.assert_close(*curves, rtol=1e-3, atol=1e-4)
     assert curves[0][-1]["train_loss"] < curves[0][0]["train_loss"] - 0.1
 
@@ -488,15 +487,17 @@ def test_what_is_compiled_and_recorded(monkeypatch, capsys):
     dense, moe, dropout = ModelConfig(), ModelConfig(n_experts=4), ModelConfig(dropout=0.1)
     bfloat16 = torch.bfloat16
     mps = torch.device("mps")
-    monkeypatch.setattr(shutil, "which", lambda name: "here")
+    compiled = []
+
+    def compile(function, backend):
+        compiled.append(backend)
+        return lambda: None
+    monkeypatch.setattr(torch, "compile", compile)
     assert train.pick_compile(None, CPU, bfloat16, dense, 1e12) == (None, False)            # a minute of work
     assert train.pick_compile(None, CPU, bfloat16, dense, 1e16) == ("inductor", False)      # a day
     assert train.pick_compile(True, mps, bfloat16, dense, 1e12) == ("aot_eager", False)
     assert train.pick_compile(None, mps, bfloat16, dense, 1e16) == (None, False)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert train.pick_compile(True, CPU, bfloat16, dense, 1e12) == (None, False)            # no compiler
-    assert "without" in capsys.readouterr().err
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "here")
+    assert compiled == ["inductor", "aot_eager"]
     for capability in ((9, 0), (8, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert train.pick_compile(None, CUDA, bfloat16, dense, 1e12) == ("inductor", True)
@@ -504,9 +505,14 @@ def test_what_is_compiled_and_recorded(monkeypatch, capsys):
         assert train.pick_compile(None, CUDA, torch.float32, moe, 1e12) == ("inductor", False)
         assert train.pick_compile(None, CUDA, bfloat16, dropout, 1e12) == ("inductor", False)
         assert train.pick_compile(False, CUDA, bfloat16, dense, 1e12) == (None, False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert train.pick_compile(None, CUDA, bfloat16, dense, 1e12) == (None, False)           # Windows has no Triton
-    assert "without" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "nowhere")           # there is no compiler, and no Triton
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "inductor")
+    for device in (CPU, CUDA):
+        if device == CPU or not torch.cuda.is_available():
+            assert train.pick_compile(True, device, bfloat16, dense, 1e12) == (None, False)
+            assert "without" in capsys.readouterr().err
 
 
 def test_the_device(monkeypatch):
@@ -565,6 +571,17 @@ def stop_at(step, monkeypatch, out, *flags):
     with monkeypatch.context() as patch:
         patch.setattr(data, "get_batch", interrupted)
         assert run(out, *flags)[0] == 130
+
+
+def test_a_run_that_is_stopped_before_its_first_step_begins_again(monkeypatch):
+    whole = run("begun-whole")[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "watch_signals", lambda: ([(signal.SIGTERM, 0.0)], {}))
+        assert train.main([*SMALL, "--out", "begun-early"]) == 128 + signal.SIGTERM
+    summary = read("begun-early", "summary.json")
+    assert summary["steps"] == 0 and not Path("begun-early/metrics.csv").exists()
+    assert summary["status"] == "interrupted" and summary["best_val_loss"] is None
+    assert run("begun-early", "--resume")[2] == whole
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_a_damaged_one(monkeypatch, capsys):
