@@ -252,7 +252,7 @@ def draw_sweep(dir, runs, insights):
     if use:     # the answer is the title of every picture
         args = runs[0]["args"]
         seeds = {1: "but one seed cannot tell"}.get(use["seeds"], f"{use['seeds']} seeds")
-        words = [use["setting"] or args.get("optimizer", "").replace("adamw", "AdamW"), args.get("preset"), seeds]
+        words = [use["setting"] or args.get("optimizer"), args.get("preset"), seeds]
         title = f"Use {use['lr']:g}: {', '.join(filter(None, words))}"
     pictures = draw_curves(SWEEP, runs, title)
     pictures["lr_vs_final_loss.png"] = draw_losses(use, settings, title)
@@ -267,7 +267,7 @@ def draw_sweep(dir, runs, insights):
     return save(pictures, dir)
 
 def table(settings):
-    """Rows of cells: a head, and each rate of each setting; nothing in place of 0 and of what is not known."""
+    """Rows of cells: a head, and a row a rate, with nothing in place of 0 and of what is not known."""
     cells = [["", "learning rate", "seeds", "curves", "verdict", "loss", "bits a byte", "worse by", "±"]]
     for s, row in [(s, row) for s in settings for row in s["rates"]]:
         cells.append([s["label"], f"{row['lr']:g}", str(len(row["seeds"])), row["status"], row["verdict"]])
@@ -301,7 +301,7 @@ def draw_losses(use, settings, title):
     ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())      # what follows does not widen the axes
     draw_rates(ax, settings, "val_loss")
     if use:
-        marks = {f"first {status}": lr for status, lr in use["edge"].items() if status in STATUSES[2:]}
+        marks = {f"first {status}": lr for status, lr in use["edge"].items()}
         for name, lr in dict(marks, best=use["lr"]).items():
             ax.axvline(lr, 0.06, color="black", lw=1)
             ax.text(lr * 0.98, 0.85, f"{name}: {lr:g}", rotation=90, ha="right", va="top",

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from functools import cache
-from math import comb, inf, isfinite, log, nan, pi, sqrt, tan
+from math import comb, inf, log, nan, pi, sqrt, tan
 from pathlib import Path
 
 import numpy as np
@@ -149,11 +149,10 @@ def nearest(rates, best):
 def stages(table, plan):
     """The search in one setting. Each stage yields the runs it needs; the first that lacks one goes on."""
     best = lowest(table)
-    worse = [lr for lr, found in compare(table, best).items() if found["seems"]]
-    low, high = nearest(worse, best)
-
-    # Outward, until rates on both sides of the best seem worse, in several seeds at the ends of the grid,
-    # and one above it diverged or is a nat worse. Where all diverged, down.
+    seem_worse = [lr for lr, found in compare(table, best).items() if found["seems"]]
+    low, high = nearest(seem_worse, best)
+    # Outward, until rates on both sides of the best seem worse, in several seeds at the ends of the grid, and
+    # one above it diverged or is a nat worse. Where all diverged, down.
     runs = [(lr, 0) for lr in plan.lrs]
     if table and plan.widen:
         first, last = min(table), max(table)
@@ -166,7 +165,6 @@ def stages(table, plan):
     yield runs
     if not best:
         return
-
     # Between: midpoints, until the neighbours of the best rate are within a factor of 2, or of 1.4 where
     # settings are compared: of its root where the seeds could tell what that gains, as a parabola through
     # the three lies below the best by up to an eighth of what the two are worse. --refine halves these.
@@ -182,7 +180,6 @@ def stages(table, plan):
         far = [lr for lr in around if abs(log(lr / best)) > log(factor) / 2 ** plan.refine]
         middles = [np.clip(sqrt(best * lr), best / 2, best * 2) for lr in far]
         yield [(float(f"{lr:.2g}"), 0) for lr in middles]
-
     # Seeds: for the best rate and its neighbours; then for all around it, up to the first that seem worse.
     lrs = [best, *around]
     if len(table[best]) > 1:
@@ -235,8 +232,9 @@ def refuse_mixture(run, made, mix_code):
     found = []
     for was in [run["config"], *run["config"].get("resumes", [])]:  # each with the code of its day
         for part in ["args", "data"] + ["code"] * (not mix_code):
-            before, now = was.get(part) or {}, made.get(part) or {}
-            found += [name for name in now if name not in plot.FREE and before.get(name, now[name]) != now[name]]
+            now, before = made.get(part, {}), was.get(part, {})
+            found += [name for name in sorted(now.keys() - plot.FREE)
+                      if before.get(name, now[name]) != now[name]]
     if found:
         advice = " or add --mix-code" * all(name.endswith(".py") for name in found)
         die(f"{run['name']} was made with another {', '.join(found)}; choose another --name{advice}")
@@ -387,9 +385,8 @@ def analyse(runs, notes=()):
     over = [run for run in runs if run["loss"] is not None]
     target = max((run["train"]["train_loss"][-1] for run in over if run["loss"] < inf), default=-inf)
     for run in runs:
-        if varied:      # else it may be known from curves.csv
-            values = [f"{flag.replace('_', '-')}={run['args'].get(flag)}" for flag in varied]
-            run["setting"] = " ".join(values)
+        words = [f"{flag.replace('_', '-')}={run['args'].get(flag)}" for flag in varied]
+        run["setting"] = " ".join(words) or run["setting"]      # which may be known from curves.csv
         reached = run["train"]["step"][run["train"]["train_loss"] <= target]
         run["summary"]["steps_to_loss"] = min(reached, default=None)
     tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in over})
@@ -397,31 +394,33 @@ def analyse(runs, notes=()):
     winner, comparisons = compare_settings(tables)
     if runs[0]["args"].get("full_batch"):
         winner, comparisons = None, {}
-    use = [s | dict(setting=winner, lr=s["best_lr"]) for s in settings if s["label"] == winner]
+    use = next((s | dict(setting=winner, lr=s["best_lr"]) for s in settings if s["label"] == winner), None)
     minutes = sum(run["summary"].get("seconds") or 0 for run in over) / 60      # none in curves.csv
-    insights = dict(use=[*use, None][0], notes=notes, runs=len(over), minutes=round(minutes, 1) or "unknown",
+    insights = dict(use=use, notes=notes, runs=len(over), minutes=round(minutes, 1) or "unknown",
                     target_loss=target, comparisons=comparisons, settings=settings)
     return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
 
 def analyse_setting(label, table, runs):
-    """One setting: what is known of its best rate, and for each rate its runs and the means of those that did
-    not diverge. edge: for each fate of curves the lowest rate above the best that met it."""
+    """One setting: what is known of its best rate; its edge, the lowest rates above that were unstable and
+    that diverged; and for each rate its runs, the worst of their fates, and means of those that survived."""
     best = lowest(table)
     found = compare(table, best)
     low, high = nearest([lr for lr in found if found[lr]["worse"]], best)
-    rates = []
+    rates, edge = [], {}
     for lr in sorted(table):
         here = [run for run in runs if (run["setting"], run["lr"]) == (label, lr)]
         alive = [run["summary"] for run in here if run["loss"] < inf]
-        row = dict(lr=lr, seeds=[run["seed"] for run in here], diverged=len(here) - len(alive),
-                   status=max((run["status"] for run in here), key=plot.STATUSES.index),
-                   runs=[[run["seed"], run["loss"], run["status"], run["summary"].get("seconds")]
-                         for run in here])
+        row = dict(worse_by=nan, half_width=nan, verdict="diverged") | found.get(lr, {})
         row |= {name.removeprefix("final_"): mean(summary.get(name) for summary in alive) for name in MEANS}
-        rates.append(dict(worse_by=nan, half_width=nan, verdict="diverged") | found.get(lr, {}) | row)
-    edge = {row["status"]: row["lr"] for row in reversed(rates) if best and row["lr"] > best}
-    row = table.get(best, {})
-    return dict(label=label, best_lr=best, loss=mean(row.values()), seeds=len(row), low=low or nan, high=high,
+        row |= dict(lr=lr, seeds=[run["seed"] for run in here], diverged=len(here) - len(alive))
+        row["status"] = max((run["status"] for run in here), key=plot.STATUSES.index)
+        row["runs"] = [[run["seed"], run["loss"], run["status"], run["summary"].get("seconds")]
+                       for run in here]
+        rates.append(row)
+        if best and lr > best and row["status"] in ("unstable", "diverged"):
+            edge.setdefault(row["status"], lr)
+    losses = table.get(best, {}).values()
+    return dict(label=label, best_lr=best, loss=mean(losses), seeds=len(losses), low=low or nan, high=high,
                 edge=edge, rates=rates)
 
 # Report -------------------------------------------------------------------------------------------
@@ -430,7 +429,9 @@ CURVE = ("setting", "lr", "seed", "step", "train_loss", "val_loss")
 SAID = {"worse": "the seeds show it.", "same": f"the same, for all that matters ({MARGIN} nats)."}
 
 def answer(s):
-    """Which rate to use in a setting, and how sure that is."""
+    """Which rate to use, in the setting that is best, and how sure that is."""
+    if not s:
+        return "No answer: no rate survived, or all fit one batch, whose validation loss says little."
     text = ("**Use {best_lr:g} {label}.** Of the learning rates tried it has the lowest validation loss: "
             "{loss:.3f} nats a token, ").format(**s).replace(" .", ".")
     if s["seeds"] == 1:
@@ -455,33 +456,25 @@ def answer(s):
 
 def write_up(insights):
     """lr_sweep_analysis.md, the answer first. Every number in it comes out of insights."""
-    use = insights["use"]
-    text = ["# Which learning rate?"]
-    if use:
-        text.append(answer(use))
-    else:
-        text.append("No answer: no rate survived, or all fit one batch, whose validation loss says little.")
+    text = ["# Which learning rate?", answer(insights["use"])]
     text.append("{runs} runs, with {minutes} minutes of training in all.".format(**insights))
     text += insights["notes"]
     for label, c in insights["comparisons"].items():
         if c["verdict"] != "best":
             size = "{:.4f} ± {:.4f}".format(c["worse_by"], c["half_width"] or nan).replace(" ± nan", "")
-            text.append(f"{label} at its best rate is {size} nats worse than {use['setting']}: "
+            text.append(f"{label} at its best rate is {size} nats worse than {insights['use']['setting']}: "
                         + SAID.get(c["verdict"], "the seeds do not show which is better."))
     for s in insights["settings"]:
         text.append(f"## The learning rates {s['label']}".strip())
-        rates, best, edge = [row["lr"] for row in s["rates"]], s["best_lr"], s["edge"]
-        if best == rates[-1]:
+        best, last = s["best_lr"], s["rates"][-1]["lr"]
+        for fate, lr in s["edge"].items():
+            text.append(f"The first {fate} rate above the best is {lr:g}, {lr / best:.3g} times the best.")
+        if "diverged" in s["edge"]:
+            text.append("A folk rule says that runs begin to diverge at 2 to 4 times the best rate.")
+        elif best == last:
             text.append("No rate above the best was tried.")
-        elif "diverged" in edge:
-            sentence = ("The first diverged rate is {:g}, {:.3g} times the best (a folk rule says 2 to 4); {:g}, "
-                        "the highest rate below it, survived.")
-            lr = edge["diverged"]
-            text.append(sentence.format(lr, lr / best, nearest(rates, lr)[0]))
         elif best:
-            text.append(f"No rate above the best diverged, up to {rates[-1]:g}.")
-        if "unstable" in edge:
-            text.append(f"The first unstable rate above the best is {edge['unstable']:g}.")
+            text.append(f"No rate above the best diverged, up to {last:g}.")
         lines = ["| " + " | ".join(cells[1:]) + " |" for cells in plot.table([s])]
         text.append("\n".join([lines[0], "| --- " * 8 + "|", *lines[1:]]))
         losses = [row["val_loss"] for row in s["rates"] if not row["diverged"]]
@@ -493,12 +486,12 @@ def write_up(insights):
 
 def curve(run):
     """A run's rows in curves.csv: at most 100 means of training losses, and every validation loss."""
-    steps, losses = run["train"]["step"], run["train"]["train_loss"]
-    for block in np.array_split(np.arange(len(steps)), min(100, len(steps))):
-        yield run | dict(step=int(steps[block[-1]]), train_loss=f"{np.mean(losses[block]):.4g}")
-    for step, loss in zip(run["metrics"]["step"], run["metrics"]["val_loss"]):
-        if isfinite(loss):
-            yield run | dict(step=int(step), val_loss=f"{loss:.4g}")
+    train, metrics = run["train"], run["metrics"]
+    for block in np.array_split(np.arange(len(train["step"])), min(100, len(train["step"]))):
+        loss = train["train_loss"][block].mean()
+        yield run | dict(step=int(train["step"][block[-1]]), train_loss=f"{loss:.4g}")
+    for i in np.flatnonzero(np.isfinite(metrics["val_loss"])):
+        yield run | dict(step=int(metrics["step"][i]), val_loss=f"{metrics['val_loss'][i]:.4g}")
 
 def report(dir, mix_code, notes):
     """Reads the runs under dir, writes tables, analysis and pictures there, and says the answer."""
@@ -530,7 +523,7 @@ def report(dir, mix_code, notes):
 # Command line -------------------------------------------------------------------------------------
 
 def parse_vary(text):
-    """"b,c=3:on,4:off" -> for each value the flags that train.py gets: ["--b=3", "--c"], ["--b=4", "--no-c"]"""
+    """"b,c=3:on,4:off" -> train.py's flags for each value: [["--b=3", "--c"], ["--b=4", "--no-c"]]"""
     names, _, values = text.partition("=")
     flags = names.replace("_", "-").split(",")
     if {"lr", "seed", "out", "preset", "data", "data-tokens", "vocab-size"}.intersection(flags):
@@ -557,7 +550,7 @@ def make_plan(argv):
     add("--study", choices=STUDIES, help="a named experiment, which sets --lrs, --no-widen and more")
     add("--lrs", nargs="+", type=float, metavar="LR",
         help="learning rates to start from (default for tiny: {tiny}; for moe: {moe})".format(**GRIDS))
-    add("--seeds", type=int, default=3, help="runs at and near the best learning rate (default: 3), not elsewhere")
+    add("--seeds", type=int, default=3, help="runs at the best rate and near it (default: 3)")
     add("--refine", type=int, default=0, help="times to halve the steps around the best one (default: 0)")
     add("--widen", action=argparse.BooleanOptionalAction, default=True,
         help="search beyond and between --lrs (default: yes, but not in a --study)")
@@ -571,8 +564,7 @@ def make_plan(argv):
     plan, given = p.parse_known_args(argv)
     if plan.study:
         plan, given = p.parse_known_args(["--no-widen", *STUDIES[plan.study].split(), *argv])
-    ours = {"--lr", "--seed", "--out", "--resume", "--prepare"}.intersection(
-        word.split("=")[0] for word in given)
+    ours = {"--lr", "--seed", "--out", "--resume", "--prepare"} & {word.split("=")[0] for word in given}
     if ours:
         die(f"{', '.join(ours)}: set by the sweep; see --lrs, --seeds and --name in --help")
     varied = [text.split("=")[0] for text in plan.vary]
