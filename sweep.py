@@ -550,7 +550,7 @@ def make_plan(argv):
     add("--study", choices=STUDIES, help="a named experiment, which sets --lrs, --no-widen and more")
     add("--lrs", nargs="+", type=float, metavar="LR",
         help="learning rates to start from (default for tiny: {tiny}; for moe: {moe})".format(**GRIDS))
-    add("--seeds", type=int, default=3, help="runs at the best rate and near it (default: 3)")
+    add("--seeds", type=int, default=3, help="runs at and near the best rate (default: 3); others get one")
     add("--refine", type=int, default=0, help="times to halve the steps around the best one (default: 0)")
     add("--widen", action=argparse.BooleanOptionalAction, default=True,
         help="search beyond and between --lrs (default: yes, but not in a --study)")
@@ -568,8 +568,8 @@ def make_plan(argv):
     if ours:
         die(f"{', '.join(ours)}: set by the sweep; see --lrs, --seeds and --name in --help")
     varied = [text.split("=")[0] for text in plan.vary]
-    words = " ".join([plan.preset, plan.study or "", *varied, *given])
-    plan.dir = Path("runs", plan.name or re.sub(r"[^\w.+]+", "-", words)[:150].strip("-"))
+    name = re.sub(r"[^\w.+]+", "-", " ".join([plan.preset, plan.study or "", *varied, *given]))
+    plan.dir = Path("runs", plan.name or name[:150].strip("-"))
     plan.command = [sys.executable, str(TRAIN), "--preset", plan.preset, *given]
     combinations = itertools.product(*map(parse_vary, plan.vary))
     plan.settings = {tuple(sum(words, [])): {} for words in combinations}   # and what train.py makes of each

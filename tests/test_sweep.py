@@ -851,3 +851,10 @@ def test_rates_and_settings_without_a_seed_in_common_are_not_compared():
     text = said({(1e-3, 0): 2.0, (3e-3, 1): 2.5})[0]
     assert "No rate above the best diverged, up to 0.003." in text and verdicts(text)["0.003"]["worse by"] == ""
     assert sweep.compare(table, 1e-3)[3e-3]["verdict"] != "worse"
+
+
+def test_a_switch_is_varied_by_on_and_off():
+    plan = sweep.make_plan(["--vary", "tied=on,off"])
+    on, off = [sweep.run_command(plan, (setting, 1e-3, 0)) for setting in plan.settings]
+    assert "--tied" in on and "--no-tied" in off
+    assert f"--out={Path('runs/tiny-tied/tied-lr0.001-s0')}" in on
