@@ -251,9 +251,8 @@ def draw_sweep(dir, runs, insights):
     use, settings, title = insights["use"], insights["settings"], "No learning rate to use yet"
     if use:     # the answer is the title of every picture
         args = runs[0]["args"]
-        optimizer = args.get("optimizer", "").replace("adamw", "AdamW")
         seeds = {1: "but one seed cannot tell"}.get(use["seeds"], f"{use['seeds']} seeds")
-        words = [use["setting"] or optimizer, args.get("preset"), seeds]
+        words = [use["setting"] or args.get("optimizer"), args.get("preset"), seeds]
         title = f"Use {use['lr']:g}: {', '.join(filter(None, words))}"
     pictures = draw_curves(SWEEP, runs, title)
     pictures["lr_vs_final_loss.png"] = draw_losses(use, settings, title)
@@ -261,16 +260,20 @@ def draw_sweep(dir, runs, insights):
     axes[-1].yaxis.update_units(STATUSES)       # an axis of names, in this order
     for ax, column in zip(axes, DETAILS):
         draw_rates(ax, settings, column)
-    cells = [("", "learning rate", "seeds", "verdict", "loss", "bits a byte", "worse by", "±")]
-    for s in settings:
-        for row in s["rates"]:      # nothing in place of 0 and of what is not known
-            cells.append([s["label"], row["lr"], len(row["seeds"]), row["verdict"]])
-            for name in ("val_loss", "val_bpb", "worse_by", "half_width"):
-                cells[-1].append(f"{row[name] or np.nan:.3f}".replace("nan", ""))
+    cells = table(settings)
     pictures["summary_table.png"], [ax] = panels(title, [""], "", height=0.25 * len(cells))
     ax.axis("off")
-    ax.table(cells, edges="open", loc="upper left").auto_set_column_width(range(8))
+    ax.table(cells, edges="open", loc="upper left").auto_set_column_width(range(9))
     return save(pictures, dir)
+
+def table(settings):
+    """Rows of cells: a head, and a row a rate, with nothing in place of 0 and of what is not known."""
+    cells = [["", "learning rate", "seeds", "curves", "verdict", "loss", "bits a byte", "worse by", "±"]]
+    for s, row in [(s, row) for s in settings for row in s["rates"]]:
+        cells.append([s["label"], f"{row['lr']:g}", str(len(row["seeds"])), row["status"], row["verdict"]])
+        for name in ("val_loss", "val_bpb", "worse_by", "half_width"):
+            cells[-1].append(f"{row[name] or np.nan:.4f}".replace("nan", ""))
+    return cells
 
 def draw_rates(ax, settings, column):
     """A column of insights' rows against the rate, whose ticks are the rates tried."""
@@ -298,16 +301,13 @@ def draw_losses(use, settings, title):
     ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())      # what follows does not widen the axes
     draw_rates(ax, settings, "val_loss")
     if use:
-        [(edge, colour)] = [(s["edge"], colour) for s, (colour, _) in zip(settings, LOOKS)
-                            if s["label"] == use["setting"]]
-        marks = {"best": use, "first unstable": edge["unstable"], "first diverged": edge["diverged"]}
-        for name, found in marks.items():
-            if found:
-                ax.axvline(found["lr"], 0.06, color="black", lw=1)
-                ax.text(found["lr"] * 0.98, 0.85, f"{name}: {found['lr']:g}", rotation=90, ha="right",
-                        va="top", transform=ax.get_xaxis_transform())
+        marks = {f"first {status}": lr for status, lr in use["edge"].items()}
+        for name, lr in dict(marks, best=use["lr"]).items():
+            ax.axvline(lr, 0.06, color="black", lw=1)
+            ax.text(lr * 0.98, 0.85, f"{name}: {lr:g}", rotation=90, ha="right", va="top",
+                    transform=ax.get_xaxis_transform())
         if use["low"] or use["high"]:       # a side that is not known reaches beyond the picture
-            ax.axvspan(use["low"] or 1e-9, use["high"] or 1e9, alpha=0.1, color=colour)
+            ax.axvspan(use["low"] or 1e-9, use["high"] or 1e9, alpha=0.1, color="black")
             ax.set_title("the optimum lies in the shaded band (95%)", y=0.01, fontsize=9)
     return fig
 

@@ -13,9 +13,9 @@ initial weights and batches, so that differences between rates are paired: the s
               sqrt(seeds): s is sqrt(2) noise, or the deviation of the differences if larger; t stands at
               1 - 0.025 / k for k rates compared (Bonferroni). It takes two seeds, or two that diverged
     interval  the optimum lies between the nearest rates below and above the best that are shown to be worse
-    settings  are compared at their best rates, in the same way
 
-python tests/simulate.py shows how often that is right, on sweeps whose optimum is known.
+Settings are compared at their best rates in the same way. python tests/simulate.py shows how often that is
+right, on sweeps whose optimum is known.
 """
 import argparse
 import ctypes
@@ -26,13 +26,12 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import cache
-from math import comb, inf, isfinite, log, nan, pi, sqrt, tan
+from math import comb, inf, log, nan, pi, sqrt, tan
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +82,7 @@ def mean(values):
 
 def paired(row, other):
     """Differences row - other, {seed: loss} each, over the seeds that survived in both."""
-    differences = [loss - other.get(seed, inf) for seed, loss in row.items()]
-    return [d for d in differences if isfinite(d)]
+    return [loss - other[seed] for seed, loss in row.items() if max(loss, other.get(seed, inf)) < inf]
 
 def lowest(rows):
     """The key in {key: {seed: loss}} that is lowest, over the seeds it shares with the fullest row: of those
@@ -101,125 +99,93 @@ def noise(table, best):
     residuals = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
     return np.array([np.sum(residuals ** 2), np.prod(np.subtract(x.shape, 1))])
 
-def half_width(differences, squares, df, k):
-    """Half the interval of a mean of paired differences, one of k that hold together with 95%."""
-    n = len(differences)
-    if not df or not n:
-        return inf
-    spread = sqrt(2 * squares / df)
-    if n > 1:
-        spread = max(spread, np.std(differences, ddof=1))
-    return float(t_quantile(1 - 0.025 / k, df) * spread / sqrt(n))
-
-def compare(rows, best, squares, df, k):
+def compare(rows, best, pooled=(0, 0), k=0):
     """{key: how its row {seed: loss} stands beside the best's}, k of them at once. worse: shown to be, by two
-    pairs of runs, or by two that diverged; seems: shown to be, or as far as a single run can tell."""
+    pairs of runs, or by two that diverged; seems: shown to be, or as far as a single run can tell. Without
+    pooled squares and df the noise is that of rows; without k all count that have several pairs."""
+    if best is None:
+        return {}
+    squares, df = pooled
+    if not df:
+        squares, df = noise(rows, best)
+    k = k or max(1, sum(len(paired(row, rows[best])) > 1 for row in rows.values()) - 1)
     found = {}
     for key, row in rows.items():
         d = paired(row, rows[best])
-        half = half_width(d, squares, df, k)
+        half = inf      # half the interval of the mean of d; all k hold together with 95%
+        if d and df:
+            spread = max(sqrt(2 * squares / df), np.std(d, ddof=min(1, len(d) - 1)))
+            half = float(t_quantile(1 - 0.025 / k, df) * spread / sqrt(len(d)))
         diverged = list(row.values()).count(inf)
         seems = not d or mean(d) > half or diverged > 1
         worse = seems and max(len(d), diverged) > 1
         seems = worse or (seems and len(row) == 1)
-        verdict = "cannot tell"
-        if key == best:
-            verdict = "best"
-        elif diverged:
-            verdict = "diverged"
-        elif len(d) < 2:
-            verdict = "one seed"
-        elif worse:
-            verdict = "worse"
-        elif abs(mean(d)) + half < MARGIN:
-            verdict = "same"
+        verdicts = {"best": key == best, "diverged": diverged, "one seed": len(d) < 2, "worse": worse,
+                    "same": abs(mean(d)) + half < MARGIN, "cannot tell": True}
+        verdict = next(name for name, holds in verdicts.items() if holds)
         if verdict in ("best", "one seed"):
             half = nan
         found[key] = dict(worse_by=mean(d), half_width=half, seems=seems, worse=worse, verdict=verdict)
     return found
 
-def compare_rates(table, best):
-    """{rate: how it stands beside the best}; k counts those with several pairs, without the best."""
-    k = sum(len(paired(row, table[best])) > 1 for row in table.values()) - 1
-    return compare(table, best, *noise(table, best), max(1, k))
-
-def limits(found, best, what="worse"):
-    """The nearest rates below and above the best that are worse, or seem so; 0 and inf where none is."""
-    rates = [lr for lr in found if found[lr][what]]
-    low = max((lr for lr in rates if lr < best), default=0)
-    return low, min((lr for lr in rates if lr > best), default=inf)
-
 def compare_settings(tables):
-    """{label: table} -> the label with the lowest loss at its best rate, and {label: how each setting that has
-    a seed in common stands beside it, at its own best rate}. None, {}: no run survived."""
-    best = {label: lowest(table) for label, table in tables.items() if lowest(table)}
-    rows = {label: tables[label][lr] for label, lr in best.items()}
+    """{label: table} -> the label with the lowest loss at its best rate, and {label: how each setting that
+    has a seed in common stands beside it, at its own best rate}. None, {}: no run survived."""
+    rows = {label: table[lowest(table)] for label, table in tables.items() if lowest(table)}
     winner = lowest(rows)
     rows = {label: row for label, row in rows.items() if paired(row, rows[winner])}
     if not rows:
         return None, {}
-    pooled = sum(noise(tables[label], best[label]) for label in rows)
-    if not pooled[1]:       # one rate each: the noise is what remains between the settings
-        pooled = noise(rows, winner)
-    k = max(1, comb(len(rows), 2))      # the winner came out of all pairs
-    return winner, compare(rows, winner, *pooled, k)
+    pooled = sum(noise(tables[label], lowest(tables[label])) for label in rows)
+    return winner, compare(rows, winner, pooled, comb(len(rows), 2))    # the winner came out of all pairs
 
-# What to run next: from a setting's table to a list of (rate, seed), of which the new ones are run -
+def nearest(rates, best):
+    """The nearest of the rates below and above the best; 0 and inf where there is none."""
+    below = max((lr for lr in rates if lr < best), default=0)
+    return below, min((lr for lr in rates if lr > best), default=inf)
 
-def neighbours(table, lr):
-    rates = sorted(table)
-    i = rates.index(lr)
-    return rates[max(0, i - 1):i] + rates[i + 1:i + 2]  # below and above, those that exist
+# What to run next: from a setting's table to lists of (rate, seed), of which the new ones are run --
 
-def edge_above(table, best):
-    """What ends the search upward; "" where nothing does."""
-    above = sorted(lr for lr in table if lr > best)
-    edges = [f"{lr:g} diverged" for lr in above if inf in table[lr].values()]
-    edges += [f"{lr:g} is more than a nat worse" for lr in above if mean(paired(table[lr], table[best])) > 1]
-    return "".join(edges[:1])
-
-def outward(table, plan):
-    """Until there are worse rates on both sides of the best, and one above it diverged or is a nat worse."""
-    start = [(lr, 0) for lr in plan.lrs]
-    if not table or not plan.widen:
-        return start
-    first, last, best = min(table), max(table), lowest(table)
-    down, up = best in (None, first), best and not edge_above(table, best)
-    if best:    # no rate between it and an end seems worse, nor the end itself, in several seeds
-        low, high = limits(compare_rates(table, best), best, "seems")
-        down = down or (low == 0 and len(table[first]) > 1)
-        up = up or (high == inf and len(table[last]) > 1)
-    lower, higher = float(f"{first / 3:.0e}"), float(f"{last * 3.3:.0e}")
-    return start + [(lower, 0)] * bool(down) + [(higher, 0)] * bool(up)
-
-def between(table, plan):
-    """Midpoints, until the neighbours of the best rate are within a factor of 2, or of 1.4 where settings are
-    compared: of its root where the seeds could tell what that gains, as a parabola through the three lies
-    below the best by up to an eighth of what the two are worse. --refine halves these, on the log axis."""
+def stages(table, plan):
+    """The search in one setting. Each stage yields the runs it needs; the first that lacks one goes on."""
     best = lowest(table)
-    if not best or not (plan.widen or plan.refine):
-        return []
-    factor, least = 2.05, MARGIN / 2    # rates have two digits
-    if len(plan.settings) > 1:
-        factor, least = 1.45, 0
-    around = neighbours(table, best)
-    gain = sum(mean(paired(table[lr], table[best]) or [inf]) for lr in around) / 8
-    squares, df = noise(table, best)
-    if df and gain > min(max(least, sqrt(squares / df)), 3 * MARGIN):   # more than the noise of a run, or much
-        factor = sqrt(factor)
-    far = [lr for lr in around if abs(log(lr / best)) > log(factor) / 2 ** plan.refine]
-    middles = [np.clip(sqrt(best * lr), best / 2, best * 2) for lr in far]
-    return [(float(f"{lr:.2g}"), 0) for lr in middles]
-
-def seeds(table, plan):
-    """For the best rate and its neighbours; then for all around it, up to the first that seem worse."""
-    best = lowest(table)
-    lrs = [best, *neighbours(table, best)] if best else []
-    if best and len(table[best]) > 1:
-        low, high = limits(compare_rates(table, best), best, "seems")
+    seem_worse = [lr for lr, found in compare(table, best).items() if found["seems"]]
+    low, high = nearest(seem_worse, best)
+    # Outward, until rates on both sides of the best seem worse, in several seeds at the ends of the grid, and
+    # one above it diverged or is a nat worse. Where all diverged, down.
+    runs = [(lr, 0) for lr in plan.lrs]
+    if table and plan.widen:
+        first, last = min(table), max(table)
+        if best in (None, first) or (low == 0 and len(table[first]) > 1):
+            runs.append((float(f"{first / 3:.0e}"), 0))
+        above = [row for lr, row in table.items() if best and lr > best]
+        edge = any(inf in row.values() or mean(paired(row, table[best])) > 1 for row in above)
+        if best and (not edge or (high == inf and len(table[last]) > 1)):
+            runs.append((float(f"{last * 3.3:.0e}"), 0))
+    yield runs
+    if not best:
+        return
+    # Between: midpoints, until the neighbours of the best rate are within a factor of 2, or of 1.4 where
+    # settings are compared: of its root where the seeds could tell what that gains, as a parabola through
+    # the three lies below the best by up to an eighth of what the two are worse. --refine halves these.
+    around = [lr for lr in nearest(table, best) if lr in table]
+    if plan.widen or plan.refine:
+        factor, least = 2.05, MARGIN / 2    # rates have two digits
+        if len(plan.settings) > 1:
+            factor, least = 1.45, 0
+        gain = sum(mean(paired(table[lr], table[best]) or [inf]) for lr in around) / 8
+        squares, df = noise(table, best)
+        if df and gain > min(max(least, sqrt(squares / df)), 3 * MARGIN):   # more than a run's noise, or much
+            factor = sqrt(factor)
+        far = [lr for lr in around if abs(log(lr / best)) > log(factor) / 2 ** plan.refine]
+        middles = [np.clip(sqrt(best * lr), best / 2, best * 2) for lr in far]
+        yield [(float(f"{lr:.2g}"), 0) for lr in middles]
+    # Seeds: for the best rate and its neighbours; then for all around it, up to the first that seem worse.
+    lrs = [best, *around]
+    if len(table[best]) > 1:
         lrs = [lr for lr in table if low <= lr <= high]
-    return [(lr, seed) for lr in lrs for seed in range(plan.seeds)
-            if seed < 2 or min(table[lr].values()) < inf]   # two that diverged are enough
+    yield [(lr, seed) for lr in lrs for seed in range(plan.seeds)
+           if seed < 2 or min(table[lr].values()) < inf]   # two that diverged are enough
 
 def tables_of(results):
     """{(setting, rate, seed): loss} -> {setting: table}, without the failed runs, whose loss is None."""
@@ -235,9 +201,8 @@ def next_runs(results, plan):
     tables = tables_of(results)
     keys = []
     for setting in plan.settings:
-        for stage in (outward, between, seeds):     # the first that asks for something new
-            wanted = dict.fromkeys((setting, *run) for run in stage(tables.get(setting, {}), plan))
-            new = [key for key in wanted if key not in results]
+        for runs in stages(tables.get(setting, {}), plan):
+            new = dict.fromkeys((setting, *run) for run in runs if (setting, *run) not in results)
             if new:
                 keys += new
                 break
@@ -249,8 +214,7 @@ def next_runs(results, plan):
         return [], "only failed runs were left; the same command tries them again"
     if not plan.widen:
         return [], "all that was asked for has run"
-    edges = {edge_above(table, lowest(table)) for table in tables.values()}
-    return [], f"the best rate has worse ones on both sides, and {' and '.join(sorted(edges))}"
+    return [], "the best rate has worse ones on both sides, and one above it diverged or is a nat worse"
 
 # The folders of runs ------------------------------------------------------------------------------
 
@@ -260,15 +224,17 @@ def die(message):
 
 def run_name(key):
     setting, lr, seed = key     # optimizer=muon-lr0.003-s0
-    return re.sub(r"[^\w.+=,-]+", "_", f"{','.join(setting)}-lr{lr:g}-s{seed}".lstrip("-"))
+    words = ",".join(setting).replace("--", "")
+    return re.sub(r"[^\w.+=,-]+", "_", f"{words}-lr{lr:g}-s{seed}".lstrip("-"))
 
 def refuse_mixture(run, made, mix_code):
     """Dies if the run's config.json has other args, data or (without mix_code) code than made has."""
     found = []
     for was in [run["config"], *run["config"].get("resumes", [])]:  # each with the code of its day
         for part in ["args", "data"] + ["code"] * (not mix_code):
-            before, now = was.get(part) or {}, made.get(part) or {}
-            found += [name for name in now if name not in plot.FREE and before.get(name, now[name]) != now[name]]
+            now, before = made.get(part, {}), was.get(part, {})
+            found += [name for name in sorted(now.keys() - plot.FREE)
+                      if before.get(name, now[name]) != now[name]]
     if found:
         advice = " or add --mix-code" * all(name.endswith(".py") for name in found)
         die(f"{run['name']} was made with another {', '.join(found)}; choose another --name{advice}")
@@ -278,10 +244,10 @@ def losses_in_folder(plan, keys):
     losses = dict.fromkeys(keys)
     names = {run_name(key): key for key in keys}
     for run in plot.read_runs(plan.dir):
-        made = plan.made[plan.settings[0]] | dict(args={})
+        made = next(iter(plan.settings.values())) | dict(args={})
         if run["name"] in names:
             setting, lr, seed = key = names[run["name"]]
-            made["args"] = plan.made[setting]["args"] | dict(lr=lr, seed=seed)
+            made["args"] = plan.settings[setting]["args"] | dict(lr=lr, seed=seed)
             losses[key] = run["loss"]
         refuse_mixture(run, made, plan.mix_code)
     return losses
@@ -291,55 +257,36 @@ def losses_in_folder(plan, keys):
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 CONTEXT.set_forkserver_preload(["torch", "tqdm"])       # on Linux loaded once: it takes 2.6 CPU-seconds
 
-def train(words, log, cwd, env):
+def train(words, log):
     """Runs train.py with these words in this process, a copy of the server's; its complaints go to a log."""
-    if sys.platform == "linux":     # PR_SET_PDEATHSIG: when its sweep ends, however that is, it saves and ends
+    if sys.platform == "linux":     # PR_SET_PDEATHSIG: when its sweep ends, even killed, it saves and ends
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    os.chdir(cwd)
-    os.environ.update(env)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
-def handle_stops(plan):
-    """Stops are passed on to the runs: train.py saves at the first, and ends at once 2 s after it."""
-    def on_signal(number, frame):
-        for process in plan.running.values():
-            if os.name == "posix":      # on Windows the console has told them
-                os.kill(process.pid, number)
-        if not plan.stopped:
-            plan.stopped = True
-            raise SystemExit(128 + number)
-    catch_stops(on_signal)
-
-def command(plan, setting, *more):
-    varied = [re.sub("^(.*)=off$", r"no-\1", text.removesuffix("=on")) for text in setting]    # switches
-    return [sys.executable, str(TRAIN), *plan.flags, *(f"--{text}" for text in varied), *more]
-
-def run_command(plan, key, *more):
+def run_command(plan, key):
     setting, lr, seed = key
-    own = [f"--lr={lr}", f"--seed={seed}", f"--out={plan.dir / run_name(key)}", "--resume", "--no-plot"]
-    return command(plan, setting, *own, *more)
+    return [*plan.command, *setting, f"--lr={lr}", f"--seed={seed}", f"--out={plan.dir / run_name(key)}",
+            "--resume", "--no-plot"]
 
 def ask_train(plan):
     """Sets what train.py makes of each setting: its args, data, code and devices; and with them lrs, jobs."""
-    plan.made = {}
     for setting in plan.settings:
-        process = subprocess.run(command(plan, setting, "--prepare"), stdout=subprocess.PIPE)
+        process = subprocess.run([*plan.command, *setting, "--prepare"], stdout=subprocess.PIPE)
         if process.returncode < 0:
-            die(f"preparing the data was {killed(process.returncode)}")
+            die(f"preparing the data was killed by signal {-process.returncode} (out of memory?)")
         if process.returncode:      # it has said why
             raise SystemExit(2)
-        made = plan.made[setting] = json.loads(process.stdout.splitlines()[-1])
-    if any(other["data"] != made["data"] for other in plan.made.values()):
+        made = plan.settings[setting] = json.loads(process.stdout.splitlines()[-1])
+    if any(other["data"] != made["data"] for other in plan.settings.values()):
         die("these settings would read different amounts of text; give all of them the same --data-tokens")
     plan.devices = made["devices"]
-    on_cpu = 1      # a larger run fills all cores; a Mac has one GPU
-    if plan.preset == "tiny" and plan.devices == ["cpu"]:
-        on_cpu = min(8, cores())
-    gpus = sum(name.startswith("cuda") for name in plan.devices)
-    plan.jobs = plan.jobs or gpus * PER_GPU.get(plan.preset, 1) or on_cpu
+    jobs = PER_GPU.get(plan.preset, 1) * sum(name.startswith("cuda") for name in plan.devices)
+    if plan.preset == "tiny" and plan.devices == ["cpu"]:      # a larger run fills all cores
+        jobs = min(8, cores())
+    plan.jobs = plan.jobs or jobs or 1      # a Mac has one GPU
     if plan.jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // plan.jobs)))
     plan.lrs = plan.lrs or [float(f"{made['args']['lr'] * times:.3g}") for times in (0.1, 0.3, 1, 3, 10)]
@@ -347,74 +294,60 @@ def ask_train(plan):
 def start_run(plan, key, slot):
     dir = plan.dir / run_name(key)
     dir.mkdir(parents=True, exist_ok=True)
-    words = run_command(plan, key, f"--device={plan.devices[slot % len(plan.devices)]}")
-    process = CONTEXT.Process(target=train, args=(words[1:], dir / "stderr.log", os.getcwd(), dict(os.environ)))
+    device = plan.devices[slot % len(plan.devices)]
+    words = [*run_command(plan, key)[1:], f"--device={device}"]
+    process = CONTEXT.Process(target=train, args=(words, dir / "stderr.log"))
     process.start()
     process.dir, process.began = dir, time.monotonic()
-    process.steps = plan.made[key[0]]["args"]["max_steps"]
-    plan.running[slot] = process
-
-def killed(code):
-    return f"KILLED by {signal.Signals(-code).name}, from outside (out of memory? a time limit?)"
+    process.steps = plan.settings[key[0]]["args"]["max_steps"]
+    return process
 
 def how_it_ended(process):
     log, code = process.dir / "stderr.log", process.exitcode
     if code < 0:
-        return f"{killed(code)}. Its log is {log}"
+        name = signal.Signals(-code).name
+        return f"KILLED by {name}, from outside (out of memory? a time limit?). Its log is {log}"
     if code > 128:
         return "stopped"
     if code:
-        end = log.read_text(errors="replace").splitlines()[-6:]
-        return "\n".join([f"FAILED, the others go on. The end of {log}:", *end])
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-6:])
+        return f"FAILED, the others go on. The end of {log}:\n{end}"
     summary = plot.read_json(process.dir / "summary.json") or {}
     loss = summary.get("final_val_loss") or nan     # null: it was not finite
     return f"{summary.get('status')}, validation loss {loss:.4g}, {time.monotonic() - process.began:.0f} s"
 
-def progress(plan, done, total, seconds):
-    """A bar of the steps of a round, with the losses of the runs that are going on."""
-    losses = []
-    for process in plan.running.values():
-        run = plot.read_run(process.dir)
-        if run and len(run["train"]["step"]):
-            done += int(run["train"]["step"][-1])
-            losses.append(f"{run['name']} {run['train']['train_loss'][-1]:.3f}")
-    return tqdm.format_meter(done, total, seconds, unit=" steps", ascii=True, postfix=", ".join(losses))
-
 def execute(plan, keys):
-    """One round: runs, plan.jobs at a time, with one bar for all of them, in place on a terminal."""
-    waiting, done = list(keys), 0
-    total = sum(plan.made[setting]["args"]["max_steps"] for setting, _, _ in keys)
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    columns = shutil.get_terminal_size().columns - 1
+    """One round, plan.jobs runs at a time: a bar of its steps, in place on a terminal, else every 10 s."""
+    columns, every, end = 0, 10, "\n"
+    if sys.stdout is not None and sys.stdout.isatty():
+        columns, every, end = os.get_terminal_size().columns - 1, 1, "\r"
+    total = sum(plan.settings[setting]["args"]["max_steps"] for setting, _, _ in keys)
+    waiting, running, done = list(keys), {}, 0
     began = shown = time.monotonic()
-    while plan.running or waiting:
+    while waiting or running:
         for slot in range(plan.jobs):
-            if slot in plan.running and plan.running[slot].exitcode is not None:
-                process = plan.running.pop(slot)
+            if slot in running and running[slot].exitcode is not None:
+                process = running.pop(slot)
                 done += process.steps
-                say(f"{process.dir.name}: {how_it_ended(process)}".ljust(columns * terminal))
-            if slot not in plan.running and waiting:
-                start_run(plan, waiting.pop(0), slot)
-        if time.monotonic() - shown > (1 if terminal else 10):
+                say(f"{process.dir.name}: {how_it_ended(process)}".ljust(columns))
+            if slot not in running and waiting:
+                running[slot] = start_run(plan, waiting.pop(0), slot)
+        if time.monotonic() - shown > every:
             shown = time.monotonic()
-            line = progress(plan, done, total, shown - began)
-            if terminal:
-                say(f"{line[:columns]:{columns}}", end="\r")
-            else:
-                say(line)
+            steps, losses = done, []
+            for process in running.values():
+                run = plot.read_run(process.dir)
+                if run and run["train"]["step"].size:
+                    steps += int(run["train"]["step"][-1])
+                    losses.append(f"{run['name']} {run['train']['train_loss'][-1]:.3f}")
+            say(tqdm.format_meter(steps, total, shown - began, unit=" steps", ascii=True,
+                                  ncols=columns or None, postfix=", ".join(losses)), end=end)
         time.sleep(0.05)
-
-def print_commands(plan, keys):
-    for key in keys:
-        line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(run_command(plan, key))}"
-        if "\n" in line:    # what follows it would be run as a command of its own
-            die(f"{line!r:.200}: a command with a line break is refused")
-        say(line)
 
 def run_sweep(plan):
     """Round after round; a restart replays them, and finished runs answer at once. Then the report. With
     --dry-run only the commands of the next round are printed, and nothing is written."""
-    results, ended, owner = {}, None, None
+    results, ended = {}, None
     if not plan.dry_run:
         say("checking the flags and preparing the data ...")
     ask_train(plan)
@@ -423,21 +356,28 @@ def run_sweep(plan):
         say(f"runs go to {plan.dir}, {plan.jobs} at a time")
     while not ended:
         new, ended = next_runs(results, plan)
-        losses = losses_in_folder(plan, new)
-        missing = [key for key in new if losses[key] is None]
+        missing = [key for key, loss in losses_in_folder(plan, new).items() if loss is None]
         if plan.dry_run and missing:
-            print_commands(plan, missing)
+            for key in missing:
+                line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(run_command(plan, key))}"
+                if "\n" in line:    # what follows it would be run as a command of its own
+                    die(f"{line!r:.200}: a command with a line break is refused")
+                say(line)
             return 0
         execute(plan, missing)
         results |= losses_in_folder(plan, new)
-    if owner:
-        text = report(plan.dir, plan.mix_code, f"The search ended because {ended}.")
-        say("\n" + text.split("## ")[0].replace("**", "") + f"Table, analysis and pictures: {plan.dir}")
+    if not plan.dry_run:
+        report(plan.dir, plan.mix_code, [f"The search ended because {ended}."])
     return int(None in results.values())
 
 # Analysis: insights.json --------------------------------------------------------------------------
 
-def analyse(runs, ended=""):
+COLUMNS = ("setting", "lr", "seed", "status", "steps", "final_val_loss", "final_val_accuracy",
+           "final_val_perplexity", "final_val_bpb", "final_train_loss", "best_val_loss", "best_val_step",
+           "max_grad_norm")     # no times: repeatable
+MEANS = (*COLUMNS[5:9], "max_grad_norm", "steps_to_loss")
+
+def analyse(runs, notes=()):
     """All that the runs show. Sets each run's setting, those of its args in which the runs differ, and its
     steps to the training loss that the worst surviving run ends with."""
     varied = [flag for flag in runs[0]["args"] if flag not in (*plot.FREE, "lr", "seed")
@@ -445,176 +385,129 @@ def analyse(runs, ended=""):
     over = [run for run in runs if run["loss"] is not None]
     target = max((run["train"]["train_loss"][-1] for run in over if run["loss"] < inf), default=-inf)
     for run in runs:
-        if varied:      # else it may be known from curves.csv
-            values = [f"{flag.replace('_', '-')}={run['args'].get(flag)}" for flag in varied]
-            run["setting"] = " ".join(values)
+        words = [f"{flag.replace('_', '-')}={run['args'].get(flag)}" for flag in varied]
+        run["setting"] = " ".join(words) or run["setting"]      # which may be known from curves.csv
         reached = run["train"]["step"][run["train"]["train_loss"] <= target]
-        run["steps_to_loss"] = min(reached, default=None)
+        run["summary"]["steps_to_loss"] = min(reached, default=None)
     tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in over})
-    winner, beside = compare_settings(tables)
     settings = [analyse_setting(label, table, over) for label, table in tables.items()]
-    use, comparisons = None, {}
-    if winner is not None and not runs[0]["args"].get("full_batch"):
-        [s] = [s for s in settings if s["label"] == winner]
-        use = dict(setting=winner, lr=s["best_lr"])
-        use |= {name: s[name] for name in ("loss", "low", "high", "seeds")}
-        comparisons = {label: how for label, how in beside.items() if label != winner}
-    minutes = sum(run["summary"].get("seconds") or 0 for run in over) / 60
-    insights = dict(use=use, ended=ended, runs=len(over), minutes=minutes, target_loss=target,
-                    comparisons=comparisons, settings=settings)
+    winner, comparisons = compare_settings(tables)
+    if runs[0]["args"].get("full_batch"):
+        winner, comparisons = None, {}
+    use = next((s | dict(setting=winner, lr=s["best_lr"]) for s in settings if s["label"] == winner), None)
+    minutes = sum(run["summary"].get("seconds") or 0 for run in over) / 60      # none in curves.csv
+    insights = dict(use=use, notes=notes, runs=len(over), minutes=round(minutes, 1) or "unknown",
+                    target_loss=target, comparisons=comparisons, settings=settings)
     return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
 
 def analyse_setting(label, table, runs):
-    """One setting: what is known of its best rate, a row for each rate, and the edges above the best."""
+    """One setting: what is known of its best rate; its edge, the lowest rates above that were unstable and
+    that diverged; and for each rate its runs, the worst of their fates, and means of those that survived."""
     best = lowest(table)
-    s = dict(label=label, best_lr=best, loss=nan, low=nan, high=nan, seeds=0, noise=nan, rates=[],
-             edge=dict(unstable=None, diverged=None))
-    beside = {}
-    if best:
-        beside = compare_rates(table, best)
-        low, high = limits(beside, best)
-        squares, df = noise(table, best)
-        s |= dict(loss=mean(table[best].values()), low=low or nan, high=high, seeds=len(table[best]),
-                  noise=float(np.sqrt(squares / (df or nan))))
+    found = compare(table, best)
+    low, high = nearest([lr for lr in found if found[lr]["worse"]], best)
+    rates, edge = [], {}
     for lr in sorted(table):
-        row = dict(lr=lr, worse_by=nan, half_width=nan, verdict="diverged") | beside.get(lr, {})
-        row |= analyse_rate([run for run in runs if run["setting"] == label and run["lr"] == lr])
-        s["rates"].append(row)
-        if best and lr > best and row["status"] in s["edge"]:
-            s["edge"][row["status"]] = s["edge"][row["status"]] or dict(lr=lr)
-    return s
-
-def analyse_rate(runs):
-    """The runs of a rate: the worst of their fates, and means of those that did not diverge."""
-    alive = [run for run in runs if run["loss"] < inf]
-    row = dict(seeds=[run["seed"] for run in runs], diverged=len(runs) - len(alive),
-               runs=[[run["seed"], run["loss"], run["status"], run["summary"].get("seconds")]
-                     for run in runs],
-               status=max((run["status"] for run in runs), key=plot.STATUSES.index),
-               val_loss=mean(run["loss"] for run in alive),
-               steps_to_loss=mean(run["steps_to_loss"] for run in alive))
-    for name in ("final_val_accuracy", "final_val_perplexity", "final_val_bpb", "max_grad_norm"):
-        row[name.removeprefix("final_")] = mean(run["summary"].get(name) for run in alive)
-    return row
+        here = [run for run in runs if (run["setting"], run["lr"]) == (label, lr)]
+        alive = [run["summary"] for run in here if run["loss"] < inf]
+        row = dict(worse_by=nan, half_width=nan, verdict="diverged") | found.get(lr, {})
+        row |= {name.removeprefix("final_"): mean(summary.get(name) for summary in alive) for name in MEANS}
+        row |= dict(lr=lr, seeds=[run["seed"] for run in here], diverged=len(here) - len(alive))
+        row["status"] = max((run["status"] for run in here), key=plot.STATUSES.index)
+        row["runs"] = [[run["seed"], run["loss"], run["status"], run["summary"].get("seconds")]
+                       for run in here]
+        rates.append(row)
+        if best and lr > best and row["status"] in ("unstable", "diverged"):
+            edge.setdefault(row["status"], lr)
+    losses = table.get(best, {}).values()
+    return dict(label=label, best_lr=best, loss=mean(losses), seeds=len(losses), low=low or nan, high=high,
+                edge=edge, rates=rates)
 
 # Report -------------------------------------------------------------------------------------------
 
-COLUMNS = ("setting", "lr", "seed", "status", "steps", "final_val_loss", "final_val_accuracy",
-           "final_val_perplexity", "final_val_bpb", "final_train_loss", "best_val_loss", "best_val_step",
-           "max_grad_norm")     # no times: repeatable
 CURVE = ("setting", "lr", "seed", "step", "train_loss", "val_loss")
-HEAD = """| learning rate | seeds | loss | worse by | verdict | curves | bits a byte |
-| --- | --- | --- | --- | --- | --- | --- |"""
-ROW = ("| {lr:g} | {n} | {val_loss:.4f} | {worse_by:.4f} ± {half_width:.4f} | {verdict} | {status} | "
-       "{val_bpb:.4f} |")
-NOT_SHOWN = "the seeds do not show which is better."
-SAID = {"worse": "the seeds show it.", "cannot tell": NOT_SHOWN, "one seed": NOT_SHOWN,
-        "same": f"the same, for all that matters ({MARGIN} nats)."}
+SAID = {"worse": "the seeds show it.", "same": f"the same, for all that matters ({MARGIN} nats)."}
 
 def answer(s):
-    """Which rate to use in a setting, and how sure that is."""
-    name = f"{s['best_lr']:g} {s['label']}".strip()
-    text = (f"**Use {name}.** Of the learning rates tried it has the lowest validation loss: "
-            f"{s['loss']:.3f} nats a token, ")
+    """Which rate to use, in the setting that is best, and how sure that is."""
+    if not s:
+        return "No answer: no rate survived, or all fit one batch, whose validation loss says little."
+    text = ("**Use {best_lr:g} {label}.** Of the learning rates tried it has the lowest validation loss: "
+            "{loss:.3f} nats a token, ").format(**s).replace(" .", ".")
     if s["seeds"] == 1:
         return text + "in its only run. One seed cannot tell a better rate from luck: add --seeds 3."
-    text += f"the mean of {s['seeds']} seeds. "
-    sides = " or ".join(["below"] * (not s["low"]) + ["above"] * (not s["high"]))
-    if sides:
-        text += f"No rate {sides} it is shown to be worse, so the optimum may lie far {sides}."
-    else:
-        tests = ["paired t-tests over the seeds, 95% together"]
-        tests += [f"{row['diverged']} runs at {row['lr']:g} diverged" for row in s["rates"]
-                  if row["lr"] in (s["low"], s["high"]) and row["diverged"] > 1]
-        text += (f"The optimum lies between {s['low']:g} and {s['high']:g}: these two are shown to be worse "
-                 f"({'; '.join(tests)}).")
-    close = [f"{row['lr']:g} ({row['worse_by']:+.3f})" for row in s["rates"]
+    text += f"the mean of {s['seeds']} seeds."
+    sides = dict(below=s["low"], above=s["high"])
+    for side, limit in sides.items():
+        if not limit:
+            text += f" No rate {side} it is shown to be worse, so the optimum may lie far {side}."
+    if all(sides.values()):
+        text += (" The optimum lies between {low:g} and {high:g}: these two are shown to be worse (paired "
+                 "t-tests over the seeds, 95% together").format(**s)
+        for row in s["rates"]:
+            if row["lr"] in sides.values() and row["diverged"] > 1:
+                text += "; {diverged} runs at {lr:g} diverged".format(**row)
+        text += ")."
+    close = ["{lr:g} ({worse_by:+.3f})".format(**row) for row in s["rates"]
              if row["verdict"] in ("same", "cannot tell")]
     if close:
         text += f" {', '.join(close)} cannot be told from it with {s['seeds']} seeds."
     return text
 
-def above_the_best(s):
-    """What happened at higher rates."""
-    unstable, diverged, top = s["edge"]["unstable"], s["edge"]["diverged"], s["rates"][-1]
-    if top["lr"] == s["best_lr"]:
-        return "No rate above the best was tried."
-    text = f"No rate above the best diverged, up to {top['lr']:g}."
-    if diverged:
-        below = max(row["lr"] for row in s["rates"] if row["lr"] < diverged["lr"])
-        text = (f"The first diverged rate is {diverged['lr']:g}, {diverged['lr'] / s['best_lr']:.3g} times the "
-                f"best; {below:g}, the highest rate below it, survived.")
-    elif top["worse_by"] is not None:       # they have a seed in common
-        text = text[:-1] + f", {top['worse_by']:.2f} nats worse."
-    if unstable:
-        text += f" The first unstable rate above the best is {unstable['lr']:g}."
-    return text
-
-def rates_table(rates):
-    """The rates of a setting in markdown."""
-    lines = [HEAD]
-    for row in rates:
-        known = {name: nan if value is None else value for name, value in row.items()}
-        line = ROW.format(n=len(row["seeds"]), **known)
-        lines.append(line.replace(" ± nan", "").replace("nan", "").replace("| 0.0000 | best", "|  | best"))
-    return "\n".join(lines)
-
-def write_up(insights, left_out=(), mix_code=False):
+def write_up(insights):
     """lr_sweep_analysis.md, the answer first. Every number in it comes out of insights."""
-    use, settings = insights["use"], insights["settings"]
-    text = ["# Which learning rate?"]
-    text += [answer(s) for s in settings if use and s["label"] == use["setting"]]
-    if not use:
-        text.append("No answer: no rate survived, or all fit one batch, whose validation loss says little.")
-    took = "{runs} runs took {minutes:.1f} minutes of training, summed over the runs. {ended}"
-    if not insights["minutes"]:     # read from curves.csv
-        took = "{runs} runs. {ended}"
-    text.append(took.format(**insights).strip())
-    if left_out:
-        text.append(f"Left out, as they are not over or cannot be read: {', '.join(left_out)}.")
-    if mix_code:
-        text.append("Runs of edited code may be among them (--mix-code).")
+    text = ["# Which learning rate?", answer(insights["use"])]
+    text.append("{runs} runs, with {minutes} minutes of training in all.".format(**insights))
+    text += insights["notes"]
     for label, c in insights["comparisons"].items():
-        size = "{worse_by:.4f}".format(**c)
-        if c["half_width"] is not None:
-            size += " ± {half_width:.4f}".format(**c)
-        text.append(f"{label} at its best rate is {size} nats worse than {use['setting']}: {SAID[c['verdict']]}")
-    for s in settings:
+        if c["verdict"] != "best":
+            size = "{:.4f} ± {:.4f}".format(c["worse_by"], c["half_width"] or nan).replace(" ± nan", "")
+            text.append(f"{label} at its best rate is {size} nats worse than {insights['use']['setting']}: "
+                        + SAID.get(c["verdict"], "the seeds do not show which is better."))
+    for s in insights["settings"]:
         text.append(f"## The learning rates {s['label']}".strip())
-        if s["best_lr"]:
-            text.append(above_the_best(s))
-        text.append(rates_table(s["rates"]))
+        best, last = s["best_lr"], s["rates"][-1]["lr"]
+        for fate, lr in s["edge"].items():
+            text.append(f"The first {fate} rate above the best is {lr:g}, {lr / best:.3g} times the best.")
+        if "diverged" in s["edge"]:
+            text.append("A folk rule says that runs begin to diverge at 2 to 4 times the best rate.")
+        elif best == last:
+            text.append("No rate above the best was tried.")
+        elif best:
+            text.append(f"No rate above the best diverged, up to {last:g}.")
+        lines = ["| " + " | ".join(cells[1:]) + " |" for cells in plot.table([s])]
+        text.append("\n".join([lines[0], "| --- " * 8 + "|", *lines[1:]]))
         losses = [row["val_loss"] for row in s["rates"] if not row["diverged"]]
         if len(losses) > 1:
-            text.append("The rates that survived in all their seeds end at "
-                        f"{mean(losses):.3f} nats on average (deviation {np.std(losses, ddof=1):.3f}), "
-                        f"from {min(losses):.3f} to {max(losses):.3f}.")
-    if any(s["edge"]["diverged"] for s in settings):
-        text.append("A folk rule says that runs begin to diverge at 2 to 4 times the best rate.")
+            sentence = ("The rates that survived in all their seeds end at {:.3f} nats on average "
+                        "(deviation {:.3f}), from {:.3f} to {:.3f}.")
+            text.append(sentence.format(mean(losses), np.std(losses, ddof=1), min(losses), max(losses)))
     return "\n\n".join(text) + "\n"
 
 def curve(run):
     """A run's rows in curves.csv: at most 100 means of training losses, and every validation loss."""
-    blocks = min(100, len(run["train"]["step"]))
-    steps = np.array_split(run["train"]["step"], blocks)
-    losses = np.array_split(run["train"]["train_loss"], blocks)
-    for step, loss in zip(steps, losses):
-        yield run | dict(step=int(step[-1]), train_loss=f"{np.mean(loss):.4g}")
-    for step, loss in zip(run["metrics"]["step"], run["metrics"]["val_loss"]):
-        if isfinite(loss):
-            yield run | dict(step=int(step), val_loss=f"{loss:.4g}")
+    train, metrics = run["train"], run["metrics"]
+    for block in np.array_split(np.arange(len(train["step"])), min(100, len(train["step"]))):
+        loss = train["train_loss"][block].mean()
+        yield run | dict(step=int(train["step"][block[-1]]), train_loss=f"{loss:.4g}")
+    for i in np.flatnonzero(np.isfinite(metrics["val_loss"])):
+        yield run | dict(step=int(metrics["step"][i]), val_loss=f"{metrics['val_loss'][i]:.4g}")
 
-def report(dir, mix_code=False, ended=""):
-    """Reads the runs under dir, and writes tables, analysis and pictures there; returns the analysis."""
+def report(dir, mix_code, notes):
+    """Reads the runs under dir, writes tables, analysis and pictures there, and says the answer."""
     runs = plot.read_runs(dir)
     if not runs:
         die(f"{dir} holds no run that made a step")
     for run in runs:
-        refuse_mixture(run, dict(runs[0]["config"], args={}), mix_code)
-    insights = analyse(runs, ended)
-    folders = {path.name for path in dir.iterdir() if path.is_dir()}
+        refuse_mixture(run, runs[0]["config"] | dict(args={}), mix_code)
     over = [run for run in runs if run["loss"] is not None]
-    text = write_up(insights, sorted(folders - {run["name"] for run in over}), mix_code)
+    left_out = {path.name for path in dir.iterdir() if path.is_dir()} - {run["name"] for run in over}
+    if left_out:
+        notes.append(f"Left out, as they are not over or cannot be read: {', '.join(sorted(left_out))}.")
+    if mix_code:
+        notes.append("Runs of edited code may be among them (--mix-code).")
+    insights = analyse(runs, notes)
+    text = write_up(insights)
     if runs[0]["config"]:       # else they come from curves.csv, and know less than is written there
         write_csv(dir / "summary_table.csv", COLUMNS, [run["summary"] | run for run in runs])
         write_csv(dir / "curves.csv", CURVE, [row for run in over for row in curve(run)])
@@ -625,42 +518,39 @@ def report(dir, mix_code=False, ended=""):
             plot.draw_run(run["dir"])
     if insights["settings"]:    # else no run is over
         plot.draw_sweep(dir, runs, insights)
-    return text
+    say("\n" + text.split("## ")[0].replace("**", "") + f"Table, analysis and pictures: {dir}")
 
 # Command line -------------------------------------------------------------------------------------
 
-def parse_vary(texts):
-    """["a=1,2", "b,c=3:4,5:6"] -> every combination, tuples of "flag=value"; [] -> one empty setting."""
-    axes = []
-    for text in texts:
-        names, _, values = text.partition("=")
-        flags = names.replace("_", "-").split(",")
-        if {"lr", "seed", "out", "preset", "data", "data-tokens", "vocab-size"}.intersection(flags):
-            die(f"--vary {text}: rates have --lrs, seeds --seeds; losses compare within one tokenizer only")
-        axes.append([])
-        for value in values.split(","):
-            parts = value.split(":", len(flags) - 1)
-            if len(parts) != len(flags) or "" in flags + parts:
-                die(f"--vary {text}: write FLAG=V1,V2 or FLAG1,FLAG2=A:B,C:D")
-            axes[-1].append(tuple(f"{flag}={part}" for flag, part in zip(flags, parts)))
-    return [sum(combination, ()) for combination in itertools.product(*axes)]
+def parse_vary(text):
+    """"b,c=3:on,4:off" -> train.py's flags for each value: [["--b=3", "--c"], ["--b=4", "--no-c"]]"""
+    names, _, values = text.partition("=")
+    flags = names.replace("_", "-").split(",")
+    if {"lr", "seed", "out", "preset", "data", "data-tokens", "vocab-size"}.intersection(flags):
+        die(f"--vary {text}: rates have --lrs, seeds --seeds; losses compare within one tokenizer only")
+    axis = []
+    for value in values.split(","):
+        parts = value.split(":", len(flags) - 1)
+        if len(parts) != len(flags) or "" in flags + parts:
+            die(f"--vary {text}: write FLAG=V1,V2 or FLAG1,FLAG2=A:B,C:D")
+        words = [f"--{flag}={part}".removesuffix("=on") for flag, part in zip(flags, parts)]
+        axis.append([re.sub("^--(.*)=off$", r"--no-\1", word) for word in words])
+    return axis
 
-def parse_flags(argv):
-    """-> the flags of the sweep, and those that are train.py's."""
-    p = argparse.ArgumentParser("sweep.py", allow_abbrev=False, add_help=False,
+def make_plan(argv):
+    """The flags, checked, and what follows from them: command and settings of the runs, and their folder."""
+    p = argparse.ArgumentParser("sweep.py", allow_abbrev=False,
                                 description="All other flags are sent on to train.py: see train.py --help.")
     p.error = lambda message: die(f"{message}; see --help")
     add = p.add_argument_group("what to train").add_argument
     add("--preset", default="tiny", help="tiny (the default), dense, dense-low, moe, or your own in model.py")
-    add("--vary", action="append", default=[], metavar="FLAG=V1,V2",
-        help="compare values of a train.py flag (on,off for a switch), each at its own best learning rate; "
-             "A,B=1:2,3:4 for pairs")
+    add("--vary", action="append", default=[], metavar="FLAG=V1,V2", help="compare values of a train.py flag "
+        "(on,off for a switch), each at its own best learning rate; A,B=1:2,3:4 for pairs")
     add = p.add_argument_group("what to try").add_argument
     add("--study", choices=STUDIES, help="a named experiment, which sets --lrs, --no-widen and more")
     add("--lrs", nargs="+", type=float, metavar="LR",
         help="learning rates to start from (default for tiny: {tiny}; for moe: {moe})".format(**GRIDS))
-    add("--seeds", type=int, default=3,
-        help="runs at the best learning rate and at those near it (default: 3); others get one")
+    add("--seeds", type=int, default=3, help="runs at and near the best rate (default: 3); others get one")
     add("--refine", type=int, default=0, help="times to halve the steps around the best one (default: 0)")
     add("--widen", action=argparse.BooleanOptionalAction, default=True,
         help="search beyond and between --lrs (default: yes, but not in a --study)")
@@ -671,50 +561,48 @@ def parse_flags(argv):
     add("--mix-code", action="store_true", help="allow runs that were made before the code was edited")
     add("--dry-run", action="store_true", help="print the commands of the next round, one a line, and stop")
     add("--report", type=Path, metavar="FOLDER", help="analyse and draw again what is in a folder, and stop")
-    add("-h", "--help", action="help", help="show this and stop")
     plan, given = p.parse_known_args(argv)
     if plan.study:
         plan, given = p.parse_known_args(["--no-widen", *STUDIES[plan.study].split(), *argv])
-    return plan, given
-
-def make_plan(argv):
-    """The flags, checked, and what follows from them: flags and settings of the runs, and their folder."""
-    plan, given = parse_flags(argv)
-    for word in given:
-        flag = word.split("=")[0]
-        if flag in ("--lr", "--seed", "--out", "--resume", "--prepare"):
-            die(f"{flag} is set by the sweep; see --lrs, --seeds and --name in --help")
+    ours = {"--lr", "--seed", "--out", "--resume", "--prepare"} & {word.split("=")[0] for word in given}
+    if ours:
+        die(f"{', '.join(ours)}: set by the sweep; see --lrs, --seeds and --name in --help")
     varied = [text.split("=")[0] for text in plan.vary]
-    words = " ".join([plan.preset, plan.study or "", *varied, *given])
-    name = plan.name or re.sub(r"[^\w.+]+", "-", words)[:150].strip("-")
-    plan.dir = Path("runs") / name
-    plan.flags = ["--preset", plan.preset, *given]
-    plan.settings = parse_vary(plan.vary)
+    name = re.sub(r"[^\w.+]+", "-", " ".join([plan.preset, plan.study or "", *varied, *given]))
+    plan.dir = Path("runs", plan.name or name[:150].strip("-"))
+    plan.command = [sys.executable, str(TRAIN), "--preset", plan.preset, *given]
+    combinations = itertools.product(*map(parse_vary, plan.vary))
+    plan.settings = {tuple(sum(words, [])): {} for words in combinations}   # and what train.py makes of each
     plan.lrs = plan.lrs or GRIDS.get(plan.preset, [])
     plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
     if not all(0 < number < 1e6 for number in (*plan.lrs, plan.seeds, plan.jobs or 1, plan.max_runs)):
         die("--lrs, --seeds, --jobs and --max-runs must be above 0 and below a million")
-    plan.running, plan.stopped = {}, False      # {slot: process}; has a signal come?
     return plan
 
 def main(argv):
+    plan = make_plan(argv)
+    stopped = []
+    def on_signal(number, frame):
+        """Stops are passed on to the runs: train.py saves at the first, and ends at once 2 s after it."""
+        for process in multiprocessing.active_children():
+            if os.name == "posix":      # on Windows the console has told them
+                os.kill(process.pid, number)
+        stopped.append(number)
+        if len(stopped) == 1:
+            raise SystemExit(128 + number)
     try:
-        plan = make_plan(argv)
         if plan.report:
-            say(report(plan.report, plan.mix_code))
+            report(plan.report, plan.mix_code, [])
             return 0
-        handle_stops(plan)
-        try:
-            return run_sweep(plan)
-        finally:
-            if plan.stopped:    # the runs are told; they save what they have
-                for process in plan.running.values():
-                    process.join()
-                say("stopped; every run keeps what it has. The same command goes on")
-    except DataError as error:  # another sweep owns the folder
+        catch_stops(on_signal)
+        return run_sweep(plan)
+    except (DataError, OSError) as error:   # a folder that another sweep owns, or is not there; a full disk
         die(error)
-    except OSError as error:    # a full disk, a folder that is read-only or not there
-        die(f"{error.filename or 'output'}: {error.strerror}")
+    finally:
+        if stopped:
+            for process in multiprocessing.active_children():
+                process.join()
+            say("stopped; every run keeps what it has. The same command goes on")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

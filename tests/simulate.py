@@ -115,9 +115,8 @@ def search(loss, settings=((),), lrs=GRID, seeds=3, refine=0, max_runs=500, wide
 def judged(table):
     """-> the best rate, the limits of the optimum (0, inf: open), the rates that are called worse"""
     best = sweep.lowest(table)
-    found = sweep.compare_rates(table, best)
-    low, high = sweep.limits(found, best)
-    return best, low, high, [lr for lr, row in found.items() if row["worse"]]
+    worse = [lr for lr, row in sweep.compare(table, best).items() if row["worse"]]
+    return best, *sweep.nearest(worse, best), worse
 
 
 def cell(name, sigma, seeds, trials):

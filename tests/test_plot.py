@@ -195,8 +195,7 @@ def make_insights(runs, use=None, edge=None):
     settings = {}
     for run in runs:
         label = run["setting"]
-        no_edge = dict(unstable=None, diverged=None)
-        setting = settings.setdefault(label, dict(label=label, loss=None, edge=edge or no_edge, rates=[]))
+        setting = settings.setdefault(label, dict(label=label, loss=None, rates=[]))
         if run["loss"] is None:
             continue
         loss = run["loss"] if run["status"] != "diverged" else None
@@ -208,7 +207,7 @@ def make_insights(runs, use=None, edge=None):
         setting["loss"] = min([row["val_loss"] for row in setting["rates"] if row["val_loss"]], default=None)
     settings = {label: s for label, s in settings.items() if s["rates"]}     # those of which a run is over
     if use:
-        use = dict(dict(low=None, high=None, seeds=3, loss=3.0), **use, setting=runs[0]["setting"])
+        use = dict(dict(low=None, high=None, seeds=3, loss=3.0, edge=edge or {}), **use, setting=runs[0]["setting"])
     insights = dict(use=use, target_loss=4.0, settings=list(settings.values()))
     return json.loads(json.dumps(insights))     # plain numbers, as sweep.analyse gives
 
@@ -355,7 +354,7 @@ def test_pictures_of_a_sweep_from_whatever_has_arrived(tmp_path, found):
             dir = tmp_path / f"{label}{i}"
             runs.append(make_run(dir, 1e-3 * 3 ** i, status=status, setting=label))
     use = dict(lr=1e-3, high=9e-3) if "converged" in found else None
-    edge = dict(unstable=dict(lr=2.7e-2, seeds=1, of=2), diverged=None) if "unstable" in found else None
+    edge = dict(unstable=2.7e-2) if "unstable" in found else None
     paths = plot.draw_sweep(tmp_path, runs, make_insights(runs, use, edge))
     assert {path.name for path in paths} == PICTURES and all(path.exists() for path in paths)
     assert not list(tmp_path.glob("*.tmp"))
@@ -381,11 +380,11 @@ def sweep_of_three(tmp_path, settings=("",)):
 
 def test_the_shared_picture_says_the_answer_and_its_band_and_edges(tmp_path, drawn):
     runs = sweep_of_three(tmp_path)
-    edge = dict(unstable=None, diverged=dict(lr=3e-2, seeds=1, of=1))
+    edge = dict(diverged=3e-2)
     plot.draw_sweep(tmp_path, runs, make_insights(runs, dict(lr=3e-3, low=1e-3, high=1e-2), edge))
     fig = drawn["lr_vs_final_loss.png"]
     written = texts(fig)
-    assert "Use 0.003: AdamW, tiny, 3 seeds" in written
+    assert "Use 0.003: adamw, tiny, 3 seeds" in written
     assert "best: 0.003" in written and "first diverged: 0.03" in written
     assert "the optimum lies in the shaded band (95%)" in written
     [ax] = fig.axes
@@ -498,9 +497,9 @@ def test_the_table_has_the_analysis_columns_and_no_empty_words(tmp_path, drawn):
     plot.draw_sweep(tmp_path, runs, insights)
     [table] = drawn["summary_table.png"].axes[0].tables
     cells = {place: cell.get_text().get_text() for place, cell in table.get_celld().items()}
-    head, first = ([cells[row, column] for column in range(8)] for row in (0, 1))
-    assert head == ["", "learning rate", "seeds", "verdict", "loss", "bits a byte", "worse by", "\u00b1"]
-    assert first == ["", "0.001", "1", "not tested", "6.424", "6.424", "0.500", "0.012"]
+    head, first = ([cells[row, column] for column in range(9)] for row in (0, 1))
+    assert head == ["", "learning rate", "seeds", "curves", "verdict", "loss", "bits a byte", "worse by", "\u00b1"]
+    assert first == ["", "0.001", "1", "slow", "not tested", "6.4241", "6.4241", "0.5000", "0.0123"]
     table = "\n".join(cells.values())
     for word in ("nan", "None", "True", "["):
         assert word not in table
@@ -508,7 +507,7 @@ def test_the_table_has_the_analysis_columns_and_no_empty_words(tmp_path, drawn):
 
 def test_no_panel_title_or_legend_overlaps_another_or_is_cut(tmp_path, drawn, monkeypatch):
     runs = sweep_of_three(tmp_path, ["a=a_rather_long_value,b=0.1234", "a=a_rather_long_value,b=0.5678"])
-    edge = dict(unstable=dict(lr=1e-2), diverged=dict(lr=3e-2))
+    edge = dict(unstable=1e-2, diverged=3e-2)
     plot.draw_sweep(tmp_path, runs, make_insights(runs, dict(lr=3e-3, low=1e-3, high=1e-2), edge))
     monkeypatch.undo()
     plot.save(drawn, tmp_path)
