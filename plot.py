@@ -252,7 +252,8 @@ def draw_sweep(dir, runs, insights):
     if use:     # the answer is the title of every picture
         args = runs[0]["args"]
         seeds = {1: "but one seed cannot tell"}.get(use["seeds"], f"{use['seeds']} seeds")
-        words = [use["setting"] or args.get("optimizer"), args.get("preset"), seeds]
+        optimizer = args.get("optimizer", "").replace("adamw", "AdamW").replace("muon", "Muon")
+        words = [use["setting"] or optimizer, args.get("preset"), seeds]
         title = f"Use {use['lr']:g}: {', '.join(filter(None, words))}"
     pictures = draw_curves(SWEEP, runs, title)
     pictures["lr_vs_final_loss.png"] = draw_losses(use, settings, title)
@@ -269,10 +270,11 @@ def draw_sweep(dir, runs, insights):
 def table(settings):
     """Rows of cells: a head, and a row a rate, with nothing in place of 0 and of what is not known."""
     cells = [["", "learning rate", "seeds", "curves", "verdict", "loss", "bits a byte", "worse by", "±"]]
-    for s, row in [(s, row) for s in settings for row in s["rates"]]:
-        cells.append([s["label"], f"{row['lr']:g}", str(len(row["seeds"])), row["status"], row["verdict"]])
-        for name in ("val_loss", "val_bpb", "worse_by", "half_width"):
-            cells[-1].append(f"{row[name] or np.nan:.4f}".replace("nan", ""))
+    for s in settings:
+        for row in s["rates"]:
+            words = [s["label"], f"{row['lr']:g}", str(len(row["seeds"])), row["status"], row["verdict"]]
+            numbers = [row[name] or np.nan for name in ("val_loss", "val_bpb", "worse_by", "half_width")]
+            cells.append(words + [f"{number:.4f}".replace("nan", "") for number in numbers])
     return cells
 
 def draw_rates(ax, settings, column):
@@ -307,7 +309,8 @@ def draw_losses(use, settings, title):
             ax.text(lr * 0.98, 0.85, f"{name}: {lr:g}", rotation=90, ha="right", va="top",
                     transform=ax.get_xaxis_transform())
         if use["low"] or use["high"]:       # a side that is not known reaches beyond the picture
-            ax.axvspan(use["low"] or 1e-9, use["high"] or 1e9, alpha=0.1, color="black")
+            looks = {s["label"]: colour for s, (colour, _) in zip(settings, LOOKS)}
+            ax.axvspan(use["low"] or 1e-9, use["high"] or 1e9, alpha=0.1, color=looks[use["setting"]])
             ax.set_title("the optimum lies in the shaded band (95%)", y=0.01, fontsize=9)
     return fig
 

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from functools import cache
-from math import comb, inf, log, nan, pi, sqrt, tan
+from math import comb, inf, isfinite, log, nan, pi, sqrt, tan
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,8 @@ def mean(values):
 
 def paired(row, other):
     """Differences row - other, {seed: loss} each, over the seeds that survived in both."""
-    return [loss - other[seed] for seed, loss in row.items() if max(loss, other.get(seed, inf)) < inf]
+    differences = [loss - other.get(seed, inf) for seed, loss in row.items()]
+    return [d for d in differences if isfinite(d)]
 
 def lowest(rows):
     """The key in {key: {seed: loss}} that is lowest, over the seeds it shares with the fullest row: of those
@@ -108,13 +109,17 @@ def compare(rows, best, pooled=(0, 0), k=0):
     squares, df = pooled
     if not df:
         squares, df = noise(rows, best)
-    k = k or max(1, sum(len(paired(row, rows[best])) > 1 for row in rows.values()) - 1)
+    pairs = {key: paired(row, rows[best]) for key, row in rows.items()}
+    several = [key for key in rows if key != best and len(pairs[key]) > 1]
+    k = k or len(several) or 1
     found = {}
     for key, row in rows.items():
-        d = paired(row, rows[best])
+        d = pairs[key]
         half = inf      # half the interval of the mean of d; all k hold together with 95%
         if d and df:
-            spread = max(sqrt(2 * squares / df), np.std(d, ddof=min(1, len(d) - 1)))
+            spread = sqrt(2 * squares / df)
+            if len(d) > 1:
+                spread = max(spread, np.std(d, ddof=1))
             half = float(t_quantile(1 - 0.025 / k, df) * spread / sqrt(len(d)))
         diverged = list(row.values()).count(inf)
         seems = not d or mean(d) > half or diverged > 1
@@ -173,7 +178,8 @@ def stages(table, plan):
         factor, least = 2.05, MARGIN / 2    # rates have two digits
         if len(plan.settings) > 1:
             factor, least = 1.45, 0
-        gain = sum(mean(paired(table[lr], table[best]) or [inf]) for lr in around) / 8
+        rises = [mean(paired(table[lr], table[best]) or [inf]) for lr in around]
+        gain = sum(rises) / 8
         squares, df = noise(table, best)
         if df and gain > min(max(least, sqrt(squares / df)), 3 * MARGIN):   # more than a run's noise, or much
             factor = sqrt(factor)
@@ -289,7 +295,8 @@ def ask_train(plan):
     plan.jobs = plan.jobs or jobs or 1      # a Mac has one GPU
     if plan.jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // plan.jobs)))
-    plan.lrs = plan.lrs or [float(f"{made['args']['lr'] * times:.3g}") for times in (0.1, 0.3, 1, 3, 10)]
+    own = made["args"]["lr"]
+    plan.lrs = plan.lrs or [float(f"{own * times:.3g}") for times in (0.1, 0.3, 1, 3, 10)]
 
 def start_run(plan, key, slot):
     dir = plan.dir / run_name(key)
@@ -314,7 +321,8 @@ def how_it_ended(process):
         return f"FAILED, the others go on. The end of {log}:\n{end}"
     summary = plot.read_json(process.dir / "summary.json") or {}
     loss = summary.get("final_val_loss") or nan     # null: it was not finite
-    return f"{summary.get('status')}, validation loss {loss:.4g}, {time.monotonic() - process.began:.0f} s"
+    seconds = time.monotonic() - process.began
+    return f"{summary.get('status')}, validation loss {loss:.4g}, {seconds:.0f} s"
 
 def execute(plan, keys):
     """One round, plan.jobs runs at a time: a bar of its steps, in place on a terminal, else every 10 s."""
@@ -383,7 +391,8 @@ def analyse(runs, notes=()):
     varied = [flag for flag in runs[0]["args"] if flag not in (*plot.FREE, "lr", "seed")
               and len({str(run["args"].get(flag)) for run in runs}) > 1]
     over = [run for run in runs if run["loss"] is not None]
-    target = max((run["train"]["train_loss"][-1] for run in over if run["loss"] < inf), default=-inf)
+    ends = [run["train"]["train_loss"][-1] for run in over if run["loss"] < inf]
+    target = max(ends, default=-inf)
     for run in runs:
         words = [f"{flag.replace('_', '-')}={run['args'].get(flag)}" for flag in varied]
         run["setting"] = " ".join(words) or run["setting"]      # which may be known from curves.csv
@@ -394,7 +403,10 @@ def analyse(runs, notes=()):
     winner, comparisons = compare_settings(tables)
     if runs[0]["args"].get("full_batch"):
         winner, comparisons = None, {}
-    use = next((s | dict(setting=winner, lr=s["best_lr"]) for s in settings if s["label"] == winner), None)
+    use = None
+    for s in settings:
+        if s["label"] == winner:
+            use = s | dict(setting=winner, lr=s["best_lr"])
     minutes = sum(run["summary"].get("seconds") or 0 for run in over) / 60      # none in curves.csv
     insights = dict(use=use, notes=notes, runs=len(over), minutes=round(minutes, 1) or "unknown",
                     target_loss=target, comparisons=comparisons, settings=settings)
@@ -413,7 +425,8 @@ def analyse_setting(label, table, runs):
         row = dict(worse_by=nan, half_width=nan, verdict="diverged") | found.get(lr, {})
         row |= {name.removeprefix("final_"): mean(summary.get(name) for summary in alive) for name in MEANS}
         row |= dict(lr=lr, seeds=[run["seed"] for run in here], diverged=len(here) - len(alive))
-        row["status"] = max((run["status"] for run in here), key=plot.STATUSES.index)
+        fates = [run["status"] for run in here]
+        row["status"] = max(fates, key=plot.STATUSES.index)
         row["runs"] = [[run["seed"], run["loss"], run["status"], run["summary"].get("seconds")]
                        for run in here]
         rates.append(row)
@@ -466,32 +479,38 @@ def write_up(insights):
                         + SAID.get(c["verdict"], "the seeds do not show which is better."))
     for s in insights["settings"]:
         text.append(f"## The learning rates {s['label']}".strip())
-        best, last = s["best_lr"], s["rates"][-1]["lr"]
+        best, last = s["best_lr"], s["rates"][-1]
         for fate, lr in s["edge"].items():
-            text.append(f"The first {fate} rate above the best is {lr:g}, {lr / best:.3g} times the best.")
+            times = lr / best
+            text.append(f"The first {fate} rate above the best is {lr:g}, {times:.3g} times the best.")
         if "diverged" in s["edge"]:
             text.append("A folk rule says that runs begin to diverge at 2 to 4 times the best rate.")
-        elif best == last:
+        elif best == last["lr"]:
             text.append("No rate above the best was tried.")
         elif best:
-            text.append(f"No rate above the best diverged, up to {last:g}.")
+            text.append("No rate above the best diverged, up to {lr:g}.".format(**last))
+            if last["worse_by"] is not None:        # they have a seed in common
+                text[-1] = text[-1][:-1] + ", {worse_by:.2f} nats worse.".format(**last)
         lines = ["| " + " | ".join(cells[1:]) + " |" for cells in plot.table([s])]
-        text.append("\n".join([lines[0], "| --- " * 8 + "|", *lines[1:]]))
+        lines.insert(1, "| --- " * 8 + "|")
+        text.append("\n".join(lines))
         losses = [row["val_loss"] for row in s["rates"] if not row["diverged"]]
         if len(losses) > 1:
-            sentence = ("The rates that survived in all their seeds end at {:.3f} nats on average "
-                        "(deviation {:.3f}), from {:.3f} to {:.3f}.")
-            text.append(sentence.format(mean(losses), np.std(losses, ddof=1), min(losses), max(losses)))
+            text.append("The rates that survived in all their seeds end at "
+                        f"{mean(losses):.3f} nats on average (deviation {np.std(losses, ddof=1):.3f}), "
+                        f"from {min(losses):.3f} to {max(losses):.3f}.")
     return "\n\n".join(text) + "\n"
 
 def curve(run):
     """A run's rows in curves.csv: at most 100 means of training losses, and every validation loss."""
-    train, metrics = run["train"], run["metrics"]
-    for block in np.array_split(np.arange(len(train["step"])), min(100, len(train["step"]))):
-        loss = train["train_loss"][block].mean()
-        yield run | dict(step=int(train["step"][block[-1]]), train_loss=f"{loss:.4g}")
-    for i in np.flatnonzero(np.isfinite(metrics["val_loss"])):
-        yield run | dict(step=int(metrics["step"][i]), val_loss=f"{metrics['val_loss'][i]:.4g}")
+    blocks = min(100, len(run["train"]["step"]))
+    steps = np.array_split(run["train"]["step"], blocks)
+    losses = np.array_split(run["train"]["train_loss"], blocks)
+    for step, loss in zip(steps, losses):
+        yield run | dict(step=int(step[-1]), train_loss=f"{loss.mean():.4g}")
+    for step, loss in zip(run["metrics"]["step"], run["metrics"]["val_loss"]):
+        if isfinite(loss):
+            yield run | dict(step=int(step), val_loss=f"{loss:.4g}")
 
 def report(dir, mix_code, notes):
     """Reads the runs under dir, writes tables, analysis and pictures there, and says the answer."""
@@ -518,7 +537,8 @@ def report(dir, mix_code, notes):
             plot.draw_run(run["dir"])
     if insights["settings"]:    # else no run is over
         plot.draw_sweep(dir, runs, insights)
-    say("\n" + text.split("## ")[0].replace("**", "") + f"Table, analysis and pictures: {dir}")
+    summary, *_ = text.replace("**", "").split("## ")
+    say(f"\n{summary}Table, analysis and pictures: {dir}")
 
 # Command line -------------------------------------------------------------------------------------
 
@@ -568,14 +588,17 @@ def make_plan(argv):
     if ours:
         die(f"{', '.join(ours)}: set by the sweep; see --lrs, --seeds and --name in --help")
     varied = [text.split("=")[0] for text in plan.vary]
-    name = re.sub(r"[^\w.+]+", "-", " ".join([plan.preset, plan.study or "", *varied, *given]))
+    words = " ".join([plan.preset, plan.study or "", *varied, *given])
+    name = re.sub(r"[^\w.+]+", "-", words)
     plan.dir = Path("runs", plan.name or name[:150].strip("-"))
     plan.command = [sys.executable, str(TRAIN), "--preset", plan.preset, *given]
     combinations = itertools.product(*map(parse_vary, plan.vary))
     plan.settings = {tuple(sum(words, [])): {} for words in combinations}   # and what train.py makes of each
     plan.lrs = plan.lrs or GRIDS.get(plan.preset, [])
-    plan.max_runs = plan.max_runs or plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
-    if not all(0 < number < 1e6 for number in (*plan.lrs, plan.seeds, plan.jobs or 1, plan.max_runs)):
+    if not plan.max_runs:
+        plan.max_runs = plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
+    numbers = [*plan.lrs, plan.seeds, plan.jobs or 1, plan.max_runs]
+    if not all(0 < number < 1e6 for number in numbers):
         die("--lrs, --seeds, --jobs and --max-runs must be above 0 and below a million")
     return plan
 

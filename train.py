@@ -104,7 +104,8 @@ for f in fields(ModelConfig):
 
 def parse_args(argv=None):
     """Command line -> (args, ModelConfig). Defaults are the preset's, which is therefore read first."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], add_help=False, allow_abbrev=False)
+    p = argparse.ArgumentParser("train.py", description="Trains one model at one learning rate.",
+                                add_help=False, allow_abbrev=False)
     p.error = fail
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="defaults of model, text and budget")
     preset = dict(PRESETS[p.parse_known_args(argv)[0].preset])

@@ -384,7 +384,7 @@ def test_the_shared_picture_says_the_answer_and_its_band_and_edges(tmp_path, dra
     plot.draw_sweep(tmp_path, runs, make_insights(runs, dict(lr=3e-3, low=1e-3, high=1e-2), edge))
     fig = drawn["lr_vs_final_loss.png"]
     written = texts(fig)
-    assert "Use 0.003: adamw, tiny, 3 seeds" in written
+    assert "Use 0.003: AdamW, tiny, 3 seeds" in written
     assert "best: 0.003" in written and "first diverged: 0.03" in written
     assert "the optimum lies in the shaded band (95%)" in written
     [ax] = fig.axes
