@@ -116,8 +116,9 @@ def make_run(dir, args, rows, summary, config):
     if status in STATUSES:      # the run is over
         status = classify(train["train_loss"])
         loss = {"diverged": math.inf}.get(status, summary.get("final_val_loss"))
-    return dict(dir=dir, name=dir.name, setting="", lr=float(args["lr"]), seed=int(args["seed"]), loss=loss,
-                config=config, args=args, metrics=metrics, train=train, summary=summary, status=status)
+    return dict(dir=dir, name=dir.name, lr=float(args["lr"]), seed=int(args["seed"]), setting="",
+                config=config, args=args, metrics=metrics, train=train, summary=summary, status=status,
+                loss=loss)
 
 def read_run(dir):
     """The run in a folder, or None where there is no config.json that can be read."""
@@ -201,7 +202,8 @@ def points(run, column, x="step"):
     rows = np.stack([xs, run["metrics"].get(column, xs * np.nan)])
     rows = rows[:, np.isfinite(rows).all(0)]
     block = rows.shape[1] // 51 + 1
-    return np.median(rows[:, rows.shape[1] % block:].reshape(2, -1, block), 2)
+    blocks = rows[:, rows.shape[1] % block:].reshape(2, -1, block)
+    return np.median(blocks, 2)
 
 def draw_curves(pictures, runs, title):
     """{name: figure} for {name: columns}, as far as the runs have them: a panel a setting and column."""
@@ -243,7 +245,8 @@ def draw_run(dir):
         pictures["lr_range_test.png"], [ax] = panels(RANGE_TEST, ["train_loss"], "learning rate")
         ax.plot(lrs, np.fmin(losses, losses[0] + 0.5), color="gray")
         for (name, lr), marker in zip(range_test_readings(lrs, losses).items(), "osD"):
-            ax.plot(lr, np.interp(lr, lrs, losses), marker, label=f"{name}: {lr:.2g}")
+            loss = np.interp(lr, lrs, losses)
+            ax.plot(lr, loss, marker, label=f"{name}: {lr:.2g}")
     return save(pictures, dir)
 
 def draw_sweep(dir, runs, insights):
@@ -254,7 +257,8 @@ def draw_sweep(dir, runs, insights):
         seeds = {1: "but one seed cannot tell"}.get(use["seeds"], f"{use['seeds']} seeds")
         optimizer = args.get("optimizer", "").replace("adamw", "AdamW").replace("muon", "Muon")
         words = [use["setting"] or optimizer, args.get("preset"), seeds]
-        title = f"Use {use['lr']:g}: {', '.join(filter(None, words))}"
+        words = ", ".join(filter(None, words))
+        title = f"Use {use['lr']:g}: {words}"
     pictures = draw_curves(SWEEP, runs, title)
     pictures["lr_vs_final_loss.png"] = draw_losses(use, settings, title)
     pictures["detailed_comparison.png"], axes = panels(title, DETAILS, "peak learning rate", 3, 3.8)
@@ -274,7 +278,8 @@ def table(settings):
         for row in s["rates"]:
             words = [s["label"], f"{row['lr']:g}", str(len(row["seeds"])), row["status"], row["verdict"]]
             numbers = [row[name] or np.nan for name in ("val_loss", "val_bpb", "worse_by", "half_width")]
-            cells.append(words + [f"{number:.4f}".replace("nan", "") for number in numbers])
+            numbers = [f"{number:.4f}".replace("nan", "") for number in numbers]
+            cells.append(words + numbers)
     return cells
 
 def draw_rates(ax, settings, column):

@@ -98,7 +98,8 @@ def noise(table, best):
     rows = [[row.get(seed, inf) for seed in table[best]] for row in table.values()]
     x = np.array([row for row in rows if max(row) < inf])      # (rates, seeds)
     residuals = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
-    return np.array([np.sum(residuals ** 2), np.prod(np.subtract(x.shape, 1))])
+    n_rates, n_seeds = x.shape
+    return np.array([np.sum(residuals ** 2), (n_rates - 1) * (n_seeds - 1)])
 
 def compare(rows, best, pooled=(0, 0), k=0):
     """{key: how its row {seed: loss} stands beside the best's}, k of them at once. worse: shown to be, by two
@@ -164,7 +165,8 @@ def stages(table, plan):
         if best in (None, first) or (low == 0 and len(table[first]) > 1):
             runs.append((float(f"{first / 3:.0e}"), 0))
         above = [row for lr, row in table.items() if best and lr > best]
-        edge = any(inf in row.values() or mean(paired(row, table[best])) > 1 for row in above)
+        edge = any(inf in row.values() for row in above)
+        edge = edge or any(mean(paired(row, table[best])) > 1 for row in above)
         if best and (not edge or (high == inf and len(table[last]) > 1)):
             runs.append((float(f"{last * 3.3:.0e}"), 0))
     yield runs
@@ -274,8 +276,9 @@ def train(words, log):
 
 def run_command(plan, key):
     setting, lr, seed = key
-    return [*plan.command, *setting, f"--lr={lr}", f"--seed={seed}", f"--out={plan.dir / run_name(key)}",
-            "--resume", "--no-plot"]
+    out = plan.dir / run_name(key)
+    own = [f"--lr={lr}", f"--seed={seed}", f"--out={out}", "--resume", "--no-plot"]
+    return [*plan.command, *setting, *own]
 
 def ask_train(plan):
     """Sets what train.py makes of each setting: its args, data, code and devices; and with them lrs, jobs."""
@@ -395,10 +398,12 @@ def analyse(runs, notes=()):
     target = max(ends, default=-inf)
     for run in runs:
         words = [f"{flag.replace('_', '-')}={run['args'].get(flag)}" for flag in varied]
-        run["setting"] = " ".join(words) or run["setting"]      # which may be known from curves.csv
+        if words:       # else it may be known from curves.csv
+            run["setting"] = " ".join(words)
         reached = run["train"]["step"][run["train"]["train_loss"] <= target]
         run["summary"]["steps_to_loss"] = min(reached, default=None)
-    tables = tables_of({(run["setting"], run["lr"], run["seed"]): run["loss"] for run in over})
+    losses = {(run["setting"], run["lr"], run["seed"]): run["loss"] for run in over}
+    tables = tables_of(losses)
     settings = [analyse_setting(label, table, over) for label, table in tables.items()]
     winner, comparisons = compare_settings(tables)
     if runs[0]["args"].get("full_batch"):
@@ -474,7 +479,9 @@ def write_up(insights):
     text += insights["notes"]
     for label, c in insights["comparisons"].items():
         if c["verdict"] != "best":
-            size = "{:.4f} ± {:.4f}".format(c["worse_by"], c["half_width"] or nan).replace(" ± nan", "")
+            size = "{worse_by:.4f}".format(**c)
+            if c["half_width"] is not None:
+                size += " ± {half_width:.4f}".format(**c)
             text.append(f"{label} at its best rate is {size} nats worse than {insights['use']['setting']}: "
                         + SAID.get(c["verdict"], "the seeds do not show which is better."))
     for s in insights["settings"]:

@@ -412,7 +412,7 @@ def test_where_no_rate_is_shown_to_be_worse_on_a_side_no_limit_is_said():
 def test_the_sentence_on_what_lies_above_the_best():
     assert "No rate above the best was tried." in said({(1e-4, 0): 2.1, (1e-3, 0): 2.0})[0]
     text, insights = said({(1e-4, 0): 2.1, (1e-3, 0): 2.0, (3e-3, 0): 2.25})
-    assert "No rate above the best diverged, up to 0.003." in text and "folk rule" not in text
+    assert "No rate above the best diverged, up to 0.003, 0.25 nats worse." in text and "folk rule" not in text
     assert verdicts(text)["0.003"]["worse by"] == "0.2500"
     text, insights = said(SEVERAL, statuses={3e-2: "unstable"})
     assert "The first unstable rate above the best is 0.03, 10 times the best." in text
