@@ -88,6 +88,7 @@ class Tokenizer:
                 if key not in ANY.split() and part[key] not in ALLOWED.get(key, [None, False, ""]):
                     raise DataError(f"its {key} may give other ids here")
         self.special = {token["content"]: token["id"] for token in added if token["content"]}
+        self.single_digits = spec["pre_tokenizer"] == COSMO2
         self.split = re.compile(f"({'|'.join(map(re.escape, sorted(self.special, reverse=True)))})").split
         self.eot = self.special[EOT]
         vocab = model["vocab"] | self.special
@@ -137,8 +138,7 @@ class Tokenizer:
             if part in self.special:
                 ids.append(self.special[part])
             else:
-                found = pieces(part, self.spec["pre_tokenizer"] == COSMO2)
-                ids += chain.from_iterable(map(self.encode_piece, found))
+                ids += chain.from_iterable(map(self.encode_piece, pieces(part, self.single_digits)))
         return ids
 
     def decode(self, ids):

@@ -85,7 +85,7 @@ def left_out(path):
         yield
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         say(f"left out: {path} ({error!r})", sys.stderr)
 
 def read_json(path):

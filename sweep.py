@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import cache
 from math import comb, inf, isfinite, log, nan, pi, sqrt, tan
 from pathlib import Path
@@ -86,8 +87,8 @@ def paired(row, other):
     return [d for d in differences if isfinite(d)]
 
 def lowest(rows):
-    """The key in {key: {seed: loss}} that is lowest, over the seeds it shares with the fullest row: of those
-    that survived in all their seeds; one seed is not enough where others have more. None: none survived."""
+    """The key in {key: {seed: loss}} that is lowest, over the seeds it shares with the fullest row. It
+    survived in all its seeds, and has several where others have. None: no key survived."""
     alive = {key: row for key, row in rows.items() if max(row.values()) < inf}
     fullest = max(alive.values(), key=len, default={})
     leading = [key for key in alive if len(alive[key]) > 1 or len(fullest) == 1]
@@ -222,7 +223,7 @@ def next_runs(results, plan):
         return [], "only failed runs were left; the same command tries them again"
     if not plan.widen:
         return [], "all that was asked for has run"
-    return [], "the best rate has worse ones on both sides, and one above it diverged or is a nat worse"
+    return [], "rates on both sides of the best end higher, and one above it diverged or is a nat worse"
 
 # The folders of runs ------------------------------------------------------------------------------
 
@@ -266,11 +267,11 @@ CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" el
 CONTEXT.set_forkserver_preload(["torch", "tqdm"])       # on Linux loaded once: it takes 2.6 CPU-seconds
 
 def train(words, log):
-    """Runs train.py with these words in this process, a copy of the server's; its complaints go to a log."""
+    """Runs train.py with these words in this process, a copy of the server's; its errors go to the log."""
     if sys.platform == "linux":     # PR_SET_PDEATHSIG: when its sweep ends, even killed, it saves and ends
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 2)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
@@ -317,7 +318,7 @@ def how_it_ended(process):
     if code < 0:
         name = signal.Signals(-code).name
         return f"KILLED by {name}, from outside (out of memory? a time limit?). Its log is {log}"
-    if code > 128:
+    if 128 < code < 192:
         return "stopped"
     if code:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-6:])
@@ -333,7 +334,7 @@ def execute(plan, keys):
     if sys.stdout is not None and sys.stdout.isatty():
         columns, every, end = os.get_terminal_size().columns - 1, 1, "\r"
     total = sum(plan.settings[setting]["args"]["max_steps"] for setting, _, _ in keys)
-    waiting, running, done = list(keys), {}, 0
+    waiting, running, done = list(keys), plan.running, 0
     began = shown = time.monotonic()
     while waiting or running:
         for slot in range(plan.jobs):
@@ -357,7 +358,7 @@ def execute(plan, keys):
 
 def run_sweep(plan):
     """Round after round; a restart replays them, and finished runs answer at once. Then the report. With
-    --dry-run only the commands of the next round are printed, and nothing is written."""
+    --dry-run only the commands of the next round are printed, and no run is started."""
     results, ended = {}, None
     if not plan.dry_run:
         say("checking the flags and preparing the data ...")
@@ -413,7 +414,7 @@ def analyse(runs, notes=()):
         if s["label"] == winner:
             use = s | dict(setting=winner, lr=s["best_lr"])
     minutes = sum(run["summary"].get("seconds") or 0 for run in over) / 60      # none in curves.csv
-    insights = dict(use=use, notes=notes, runs=len(over), minutes=round(minutes, 1) or "unknown",
+    insights = dict(use=use, notes=notes, runs=len(over), minutes=minutes,
                     target_loss=target, comparisons=comparisons, settings=settings)
     return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
 
@@ -449,7 +450,8 @@ SAID = {"worse": "the seeds show it.", "same": f"the same, for all that matters 
 def answer(s):
     """Which rate to use, in the setting that is best, and how sure that is."""
     if not s:
-        return "No answer: no rate survived, or all fit one batch, whose validation loss says little."
+        return ("No answer: no run is over, no rate survived, or all fit one batch, whose validation loss "
+                "says little.")
     text = ("**Use {best_lr:g} {label}.** Of the learning rates tried it has the lowest validation loss: "
             "{loss:.3f} nats a token, ").format(**s).replace(" .", ".")
     if s["seeds"] == 1:
@@ -475,7 +477,9 @@ def answer(s):
 def write_up(insights):
     """lr_sweep_analysis.md, the answer first. Every number in it comes out of insights."""
     text = ["# Which learning rate?", answer(insights["use"])]
-    text.append("{runs} runs, with {minutes} minutes of training in all.".format(**insights))
+    text.append("Runs: {runs}, with {minutes:.1f} minutes of training in all.".format(**insights))
+    if not insights["minutes"]:     # it is not in curves.csv
+        text[-1] = "Runs: {runs}.".format(**insights)
     text += insights["notes"]
     for label, c in insights["comparisons"].items():
         if c["verdict"] != "best":
@@ -537,15 +541,16 @@ def report(dir, mix_code, notes):
     if runs[0]["config"]:       # else they come from curves.csv, and know less than is written there
         write_csv(dir / "summary_table.csv", COLUMNS, [run["summary"] | run for run in runs])
         write_csv(dir / "curves.csv", CURVE, [row for run in over for row in curve(run)])
-    write_aside(dir / "lr_sweep_analysis.md", text.encode())
-    write_json(dir / "insights.json", insights)
-    for run in runs:
+    if runs[0]["config"] or not (dir / "insights.json").exists():
+        write_aside(dir / "lr_sweep_analysis.md", text.encode())
+        write_json(dir / "insights.json", insights)
+    for run in over:
         if not (run["dir"] / "loss_curves.png").exists():
             plot.draw_run(run["dir"])
     if insights["settings"]:    # else no run is over
         plot.draw_sweep(dir, runs, insights)
     summary, *_ = text.replace("**", "").split("## ")
-    say(f"\n{summary}Table, analysis and pictures: {dir}")
+    say(f"\n{summary.rstrip()}\n\nTable, analysis and pictures: {dir}")
 
 # Command line -------------------------------------------------------------------------------------
 
@@ -577,7 +582,8 @@ def make_plan(argv):
     add("--study", choices=STUDIES, help="a named experiment, which sets --lrs, --no-widen and more")
     add("--lrs", nargs="+", type=float, metavar="LR",
         help="learning rates to start from (default for tiny: {tiny}; for moe: {moe})".format(**GRIDS))
-    add("--seeds", type=int, default=3, help="runs at and near the best rate (default: 3); others get one")
+    add("--seeds", type=int, default=3,
+        help="runs of a rate at or near the best (default: 3); others get one")
     add("--refine", type=int, default=0, help="times to halve the steps around the best one (default: 0)")
     add("--widen", action=argparse.BooleanOptionalAction, default=True,
         help="search beyond and between --lrs (default: yes, but not in a --study)")
@@ -601,6 +607,7 @@ def make_plan(argv):
     plan.command = [sys.executable, str(TRAIN), "--preset", plan.preset, *given]
     combinations = itertools.product(*map(parse_vary, plan.vary))
     plan.settings = {tuple(sum(words, [])): {} for words in combinations}   # and what train.py makes of each
+    plan.running = {}       # {slot: process}
     plan.lrs = plan.lrs or GRIDS.get(plan.preset, [])
     if not plan.max_runs:
         plan.max_runs = plan.seeds * len(plan.settings) * max(16, len(plan.lrs))
@@ -614,9 +621,10 @@ def main(argv):
     stopped = []
     def on_signal(number, frame):
         """Stops are passed on to the runs: train.py saves at the first, and ends at once 2 s after it."""
-        for process in multiprocessing.active_children():
-            if os.name == "posix":      # on Windows the console has told them
-                os.kill(process.pid, number)
+        for process in plan.running.values():
+            with suppress(ProcessLookupError):      # it has just ended
+                if os.name == "posix":      # on Windows the console has told them
+                    os.kill(process.pid, number)
         stopped.append(number)
         if len(stopped) == 1:
             raise SystemExit(128 + number)
@@ -630,8 +638,9 @@ def main(argv):
         die(error)
     finally:
         if stopped:
-            for process in multiprocessing.active_children():
+            for process in plan.running.values():
                 process.join()
+                lock(process.dir, wait=True).close()    # join sees no more than the end of the server
             say("stopped; every run keeps what it has. The same command goes on")
 
 if __name__ == "__main__":

@@ -292,7 +292,6 @@ class RunFolder:
         else:
             self.config = dict(config, resumes=[])
         if self.owner:
-            self.lock = data.lock(self.path)
             data.write_json(self.path / "config.json", self.config)
             data.write_json(self.path / "summary.json", dict(status="running"))
         if changes:
@@ -412,7 +411,7 @@ def finish(folder, args, step, seconds, stopped, lost, model, tokenizer):
         folder.say(f"the same command with --out {folder.path} --resume goes on from here")
     elif lost:
         folder.say("ended early, as it cannot come back from such losses")
-    elif args.sample:
+    elif args.sample and status != "diverged":
         prompt = torch.full((1, 1), tokenizer.eot, device=model.embed.device)
         ids = model.eval().generate(prompt, args.sample, temperature=0.8)[0, 1:].tolist()
         folder.say("sample: " + tokenizer.decode(ids))
@@ -477,8 +476,10 @@ def run(args, config):
         same = [name for name in devices() if args.device in ("auto", device.type) and device.type in name]
         say(json.dumps(settings | dict(devices=same or [args.device])))
         return 0
+    owned = folder.owner and data.lock(folder.path)     # until the end of this function
     if args.resume and folder.finished():
-        say(f"{folder.path} is already finished")
+        if owned:
+            say(f"{folder.path} is already finished")
         return 0
 
     # The model, and what changes from step to step: fresh, or the checkpoint's.

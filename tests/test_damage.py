@@ -92,6 +92,19 @@ def test_the_second_owner_of_a_folder_is_told_who_the_first_one_is(capsys):
     assert train.main([*FLAGS, "--out", "owned"]) == 0
 
 
+def test_a_refused_owner_changes_nothing():
+    shutil.rmtree("run", ignore_errors=True)
+    shutil.copytree("stopped", "run")
+    with open("run/metrics.csv", "a") as file:
+        file.write("what the owner has written since\n")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.name != ".lock"}
+    owner = data.lock("run")
+    with pytest.raises(SystemExit):
+        train.main([*FLAGS, "--out", "run", "--resume"])
+    owner.close()
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_nothing_changes_in_a_finished_run():
     before = {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
     assert train.main([*FLAGS, "--out", "whole", "--resume"]) == 0

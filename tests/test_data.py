@@ -146,7 +146,8 @@ def test_training_gives_what_the_library_learnt():
     ('"added_tokens"', '"added_tokens": [], "decoder"', "endoftext"),
     ('"version"', '"truncation": {"max_length": 8}, "version"', "truncation"),
     ('"BPE"', '"Unigram"', "type"),
-    ('"BPE"', '"BPE", "dropout": 1', "dropout")])
+    ('"BPE"', '"BPE", "dropout": 1', "dropout"),
+    ('"pre_tokenizer"', '"decoder"', "pre_tokenizer")])
 def test_a_tokenizer_that_would_give_other_ids_is_refused_with_the_part_named(old, new, part, tmp_path):
     text = json.dumps(data.train_bpe({}, 257).spec).replace('"a": 65', '"ab": 257, "abc": 258, "a": 65')
     path = tmp_path / "tokenizer.json"

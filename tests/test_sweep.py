@@ -366,7 +366,7 @@ def test_the_answer_says_what_two_seeds_show():
         "**Use 0.003.** Of the learning rates tried it has the lowest validation loss: 2.010 nats a token, the mean "
         "of 2 seeds. The optimum lies between 0.001 and 0.01: these two are shown to be worse (paired t-tests over "
         "the seeds, 95% together). 0.005 (+0.004) cannot be told from it with 2 seeds.")
-    assert second == "11 runs, with 5.5 minutes of training in all."
+    assert second == "Runs: 11, with 5.5 minutes of training in all."
     assert third == "The search ended because it rained."
     assert insights["use"].items() >= dict(setting="", lr=3e-3, low=1e-3, high=1e-2, seeds=2).items()
     assert insights["use"]["loss"] == pytest.approx(2.01)
@@ -481,7 +481,7 @@ def test_a_sweep_end_to_end(tmp_path, run, monkeypatch):
     assert setting["edge"]["diverged"] > setting["best_lr"]
     assert insights["use"]["low"] <= 2e-3 <= insights["use"]["high"]
     assert analysis(dir).split("\n")[2].startswith("**Use ") and "the mean of 3 seeds" in analysis(dir)
-    assert "The search ended because the best rate has worse ones on both sides, and one" in analysis(dir)
+    assert "The search ended because rates on both sides of the best end higher, and one" in analysis(dir)
     assert "Use " in done.out and "runs/whole" in done.out.splitlines()[-1]
     assert re.search(r"^lr0.003-s0: converged, validation loss 3\.\d+, \d+ s$", done.out, re.M)
     assert len(rows(dir)) == insights["runs"]
@@ -809,6 +809,37 @@ def test_every_stop_goes_on_to_the_runs_and_an_ignored_one_stays_ignored(tmp_pat
     assert out.count("The same command goes on") == 1
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+SLOW_TO_SAVE = """
+import fcntl, json, os, pathlib, signal, sys, time
+if "--prepare" in sys.argv:
+    print(json.dumps(dict(args=dict(lr=1e-3, max_steps=1), data={}, code={}, devices=["cpu"])))
+    sys.exit()
+out = [word[6:] for word in sys.argv if word.startswith("--out=")][0]
+owned = open(os.path.join(out, ".lock"), "a+")      # as train.py owns its folder
+fcntl.flock(owned, fcntl.LOCK_EX)
+def save(number, frame):
+    time.sleep(1.0)
+    pathlib.Path("saved").write_text("all of it")
+    sys.exit(128 + number)
+for number in (signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, lambda *how: None if "saving" in globals() else (globals().update(saving=1), save(*how)))
+pathlib.Path("started").write_text("yes")
+while True:
+    time.sleep(0.05)
+"""
+
+
+def test_a_stop_of_a_whole_job_is_waited_for_until_its_runs_have_saved(tmp_path):
+    """It ends the server of the processes, too, through which the sweep would hear of their end."""
+    train = tmp_path / "slow_to_save.py"
+    train.write_text(SLOW_TO_SAVE)
+    process = program(tmp_path, "--lrs", "1e-3", "--no-widen", train=train, before=["setsid"])
+    wait_for(tmp_path / "started")
+    os.killpg(os.getpgid(process.pid), signal.SIGHUP)
+    out, err = process.communicate(timeout=60)
+    assert (tmp_path / "saved").exists() and "The same command goes on" in out and "Traceback" not in err
 
 
 def test_losing_the_console_loses_no_run(tmp_path):
