@@ -63,11 +63,12 @@ def numbers(out):
     return [{key: row[key] for key in row if key not in ("elapsed", "tokens_per_sec")} for row in rows]
 
 
-CASES = [(name, damage) for name in READ for damage in DAMAGE] + [(name, "half") for name in WRITTEN]
+CASES = [("stopped", name, damage) for name in READ for damage in DAMAGE]
+CASES += [("whole", name, damage) for name in READ for damage in ("empty", "half", "flip")]
+CASES += [(state, name, "half") for name in WRITTEN for state in ("stopped", "whole")]
 
 
-@pytest.mark.parametrize("name, damage", CASES)
-@pytest.mark.parametrize("state", ["whole", "stopped"])
+@pytest.mark.parametrize("state, name, damage", CASES)
 def test_a_damaged_run(state, name, damage, capsys):
     shutil.rmtree("run", ignore_errors=True)
     shutil.copytree(state, "run")

@@ -246,6 +246,7 @@ def test_measuring_changes_no_figure_and_a_resumed_run_repeats_it(name, flags, m
 
 def test_the_picture_of_a_run(folder):
     run("pictured", "--optimizer", "sgd", "--sharpness", "2", "--grad-clip", "0", "--lr", "0.01")
-    assert (folder / "pictured/sharpness.png") in plot.draw_run(folder / "pictured")
+    pictures = plot.draw_curves(plot.RUN, [plot.read_run(folder / "pictured")], "a run")
+    assert "sharpness.png" in pictures
     metrics = plot.read_run(folder / "pictured")["metrics"]
     assert list(metrics["step"][np.isfinite(metrics["sharpness_ratio"])]) == [0, 2, 4, 6, 8, 10]

@@ -310,7 +310,7 @@ def test_one_seed_knows_no_interval():
 @pytest.mark.parametrize("name", ["exponential", "cliff", "own optima", "wild runs", "seeds diverge"])
 def test_intervals_hold_the_known_optimum_and_the_rate_is_good(name):
     for sigma, seeds in ((0.05, 2), (0.01, 3)):
-        holds, unbounded, wrong, width, regret, _, runs = cell(name, sigma, seeds, 40)
+        holds, unbounded, wrong, width, regret, _, runs = cell(name, sigma, seeds, 30)
         print(f"{name}, {1000 * sigma:.0f} mnat, {seeds} seeds: {100 * holds:.0f} of 100 intervals hold the "
               f"optimum, width {width:.1f}; regret {1000 * regret:.1f} mnat, {runs:.1f} runs")
         assert holds >= 0.95 and wrong <= 0.05 and unbounded <= 0.1
@@ -319,8 +319,8 @@ def test_intervals_hold_the_known_optimum_and_the_rate_is_good(name):
 
 
 def test_equal_settings_are_seldom_called_different_and_unequal_ones_often():
-    wrong = [claims("parabola", 0.01, seeds, [1, 2], 0, 40)[0] for seeds in (2, 3)]
-    found = claims("parabola", 0.01, 3, [1, 1.8], 0.03, 40)[0]
+    wrong = [claims("parabola", 0.01, seeds, [1, 2], 0, 30)[0] for seeds in (2, 3)]
+    found = claims("parabola", 0.01, 3, [1, 1.8], 0.03, 30)[0]
     print(f"claims between equal settings {wrong}; between settings 3 sigma apart {found}")
     assert max(wrong) <= 0.06
     assert found >= 0.7
