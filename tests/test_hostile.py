@@ -177,9 +177,13 @@ def test_seeds_up_to_the_largest_with_dropout():
     assert train.main(flags) == 0
 
 
-def test_a_command_that_would_take_two_lines_is_refused(capsys):
+def test_a_command_that_would_take_two_lines_is_refused(monkeypatch, capsys):
     os.makedirs("two\nlines", exist_ok=True)
     Path("two\nlines/text.txt").write_text(Path("text.txt").read_text())
+
+    def ask_train(plan):        # which would take three seconds, and does not matter here
+        plan.settings = {setting: dict(args={}, data={}, code={}) for setting in plan.settings}
+    monkeypatch.setattr(sweep, "ask_train", ask_train)
     with pytest.raises(SystemExit) as e:
         sweep.main(["--dry-run", "--data", "two\nlines", "--lrs", "1e-3", "--no-widen"])
     assert e.value.code == 2 and "line break" in capsys.readouterr().err

@@ -307,6 +307,6 @@ def test_steps_of_the_fast_path_follow_the_naive_one():
 
     fast, naive = curve(torch.bfloat16, False), curve(torch.float32, True)
     difference = (fast - naive).abs()
-    print(f"after 50 steps {fast[-1]:.4f} and {naive[-1]:.4f}; at most {difference.max():.4f} nats apart")
+    print(f"after 25 steps {fast[-1]:.4f} and {naive[-1]:.4f}; at most {difference.max():.4f} nats apart")
     assert naive[-1] < naive[0] - 0.5
     assert 0 < difference.max() < 0.03
