@@ -430,10 +430,12 @@ def write_aside(path, content):
     finally:
         aside.unlink(missing_ok=True)
 
+def without_nan(value):
+    """JSON has no nan: what is not finite becomes None."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
 def write_json(path, value):
-    """JSON has no nan: what is not finite becomes null."""
-    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
-    write_aside(path, json.dumps(finite, indent=1).encode())
+    write_aside(path, json.dumps(without_nan(value), indent=1).encode())
 
 def write_csv(path, columns, rows):
     text = io.StringIO()

@@ -39,7 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 import plot
-from data import DataError, catch_stops, cores, lock, say, write_aside, write_csv, write_json
+from data import DataError, catch_stops, cores, lock, say, without_nan, write_aside, write_csv, write_json
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
 GRIDS = {   # where the search starts; other presets start from 0.1 to 10 times train.py's own rate
@@ -416,7 +416,7 @@ def analyse(runs, notes=()):
     minutes = sum(run["summary"].get("seconds") or 0 for run in over) / 60      # none in curves.csv
     insights = dict(use=use, notes=notes, runs=len(over), minutes=minutes,
                     target_loss=target, comparisons=comparisons, settings=settings)
-    return json.loads(json.dumps(insights), parse_constant=lambda unknown: None)   # nan and inf become None
+    return without_nan(insights)
 
 def analyse_setting(label, table, runs):
     """One setting: what is known of its best rate; its edge, the lowest rates above that were unstable and

@@ -508,8 +508,10 @@ def run(args, config):
     saved_at = timed_from = time.perf_counter()         # tokens_per_sec is that of training alone
     while True:
         paused = time.perf_counter()
-        lost = plot.is_lost(folder.column("train_loss"), args.max_steps // log_interval)
-        last = step == args.max_steps or lost
+        last = step == args.max_steps
+        lost = (last or step % log_interval == 0) and plot.is_lost(
+            folder.column("train_loss"), args.max_steps // log_interval)
+        last = last or lost
 
         # Evaluate: always the same windows, before the step that follows.
         if step > start and (step % eval_interval == 0 or last):

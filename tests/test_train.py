@@ -630,7 +630,7 @@ def test_out_of_memory_is_one_line(message, monkeypatch, capsys):
     def build(*args):
         raise RuntimeError(message)
     monkeypatch.setattr(train, "build", build)
-    [line] = refused(capsys, "--out", "large")
+    [line] = refused(capsys, "--out", f"large{len(message)}")
     assert "lower --batch-size" in line
 
 
